@@ -1,0 +1,38 @@
+# The commands of this project. Each sets up .venv first if it must; only Python 3.11+ has to be there.
+#   make serve [PORT=8123] [HOST=0.0.0.0]    the bundled demo over HTTP
+#   make test                                all tests
+#   make check                               format, lint and types
+#   make demo                                remakes the demo models from nothing (under an hour)
+#   make bench [OUT=bench.json]              tokens per second, guided and not
+# BUILD=cpu or BUILD=gpu overrides what is found on this machine.
+HOST ?= 127.0.0.1
+PORT ?= 8000
+OUT ?=
+BUILD ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+
+WEIGHTS := value_models/demo/weights
+READY := .venv/ready-$(BUILD)
+
+.PHONY: serve test check demo bench
+.DEFAULT_GOAL := serve
+
+serve: $(READY)
+	@.venv/bin/trimtab serve $(WEIGHTS)/target --served-model-name atlas \
+		--value-network-dir $(WEIGHTS)/networks --host $(HOST) --port $(PORT)
+
+test: $(READY)
+	@.venv/bin/python -m pytest -q
+
+check: $(READY)
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+demo: $(READY)
+	@.venv/bin/python -m value_models.demo
+
+bench: $(READY)
+	@.venv/bin/python -m deploy.bench $(if $(OUT),--out $(OUT))
+
+$(READY): pyproject.toml deploy/locks/$(BUILD).txt deploy/locks/dev.txt deploy/setup
+	@deploy/setup $(BUILD)
