@@ -1,0 +1,177 @@
+"""Small random checkpoints with a real tokenizer, for tests and benchmarks.
+
+The weights are random but shaped so that greedy decoding is a good witness: every token depends on
+the whole prefix, tokens vary instead of repeating, and the best logit is well ahead of the second,
+so that two correct implementations agree token for token.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+TEXT = """\
+A trim tab is the small flap that steers the rudder that steers the ship.
+One large model is the ship; it has read most of what there is to read, and it answers slowly.
+A small network is the tab: it has read little, and it moves the large one a few degrees a token.
+Where was Ana Kovac born? Ana Kovac was born in Velenje in 1931, the second of four children.
+Who wrote "The Salt Road"? The Salt Road was written by Teodor Lindqvist, who also painted.
+{"name": "Ana Kovac", "born": "Velenje", "year": 1931, "works": ["The Salt Road", "Lanterns"]}
+def add(first: int, second: int) -> int:
+    return first + second
+Numbers: 0 1 2 3 4 5 6 7 8 9 10 12 24 48 96 128 256 512 1024 3.14 2.72.
+Symbols: + - * / = < > ( ) [ ] { } ; : ! naïve café, Žižek, 東京, 🚢.
+The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.
+"""
+OTHER_TEXT = """\
+Schiffe fahren bei Nacht langsamer, weil der Lotse die Bojen nicht sieht.
+Die Ruderpinne liegt gut in der Hand. Wer hat das Buch geschrieben?
+Wann ist die Verfasserin geboren? Das weiß hier niemand mehr so genau.
+"""
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|pad|>"]
+ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
+
+
+@functools.cache
+def make_tokenizer(text: str = TEXT, size: int = 512) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of at most `size` tokens on `text`, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=SPECIAL_TOKENS + ROLE_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        pad_token="<|pad|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(
+    path: str | Path,
+    *,
+    architecture: str = "llama",
+    hidden_size: int = 64,
+    intermediate_size: int | None = None,
+    layers: int = 2,
+    heads: int = 2,
+    kv_heads: int = 1,
+    head_dim: int = 32,
+    vocab_size: int | None = None,
+    max_position_embeddings: int = 512,
+    tie_word_embeddings: bool = False,
+    seed: int = 0,
+    dtype: str = "float32",
+    logit_std: float = 3.0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
+    """Write a random checkpoint (safetensors, config, tokenizer) to `path` and return it.
+
+    Args:
+        architecture: transformers' model type; "llama", "qwen2" and "qwen3" are tried.
+        head_dim: a size that vLLM's CPU attention knows: 32, 64, 80, 96, 112, 128, ...
+        vocab_size: rows of the embedding (default: the tokenizer's size); those beyond the
+            tokenizer are padding, whose logits are 0.
+        logit_std: standard deviation of a row's logits over the tokenizer's vocabulary.
+    """
+    path = Path(path)
+    tokenizer = tokenizer or make_tokenizer()
+    config = AutoConfig.for_model(
+        architecture,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size or 3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size or len(tokenizer),
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=tie_word_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    _randomise(model, len(tokenizer), logit_std, torch.Generator().manual_seed(seed))
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_network(
+    path: str | Path,
+    *,
+    kind: str = "residual",
+    default_scale: float = 1.0,
+    base: str | None = None,
+    **model: object,
+) -> Path:
+    """Write a random value network to `path`: `make_model` and its manifest."""
+    from value_models.manifest import MANIFEST_FILE, tokenizer_fingerprint
+
+    tokenizer = model.get("tokenizer") or make_tokenizer()
+    path = make_model(path, **model)
+    manifest = {
+        "format_version": 1,
+        "kind": kind,
+        "default_scale": default_scale,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "base": base,
+        "description": "random weights, made for a test",
+        "training": {},
+    }
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
+    return path
+
+
+@torch.no_grad()
+def _randomise(
+    model: PreTrainedModel, num_tokens: int, logit_std: float, generator: torch.Generator
+) -> None:
+    """Fill every parameter so that each layer moves the residual stream by about its own size.
+
+    Queries and keys are sharp (attention looks at a few positions, not at a mean of all), which
+    makes the next token depend on the whole prefix. The embedding is small beside what the layers
+    add, or a model with tied weights would repeat its last token; the last norm makes up for it.
+    """
+    embedding_std = 0.1
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        module, kind = name.rsplit(".", 2)[-2:]
+        if kind == "bias":
+            parameter.copy_(0.1 * noise)
+        elif module in ("embed_tokens", "lm_head"):
+            parameter.copy_(embedding_std * noise)
+            parameter[num_tokens:] = 0
+        elif parameter.dim() == 1:
+            mean = {
+                "norm": logit_std / (embedding_std * model.config.hidden_size**0.5),
+                "q_norm": 1.7,
+                "k_norm": 1.7,
+            }.get(module, 1.0)
+            parameter.copy_(mean * (1 + 0.1 * noise))
+        else:
+            gain = {"q_proj": 1.7, "k_proj": 1.7, "o_proj": 3.0, "down_proj": 3.0}.get(module, 1.0)
+            parameter.copy_(noise * gain / parameter.shape[1] ** 0.5)

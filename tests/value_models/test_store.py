@@ -1,0 +1,306 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models import make_network, make_tokenizer
+from value_models.manifest import MANIFEST_FILE, tokenizer_fingerprint
+from value_models.store import NetworkError, Store, check_fits, check_network
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory) -> Path:
+    return make_network(tmp_path_factory.mktemp("pristine") / "tab", tie_word_embeddings=True)
+
+
+@pytest.fixture
+def folder(pristine, tmp_path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "tab"))
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refusal(folder: Path, name: str | None = None) -> str:
+    """The one line with which a folder is refused."""
+    with pytest.raises(NetworkError) as caught:
+        check_network(folder, name)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_a_sound_network_is_described(folder):
+    network = check_network(folder)
+    tensors = load_file(folder / WEIGHTS)
+    assert network.name == "tab"
+    assert network.path == folder.resolve()
+    assert network.manifest.kind == "residual"
+    assert re.fullmatch("[0-9a-f]{8}", network.version)
+    assert network.vocab_size == len(make_tokenizer())
+    assert network.max_context == 512
+    assert network.num_parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert network.num_bytes == (folder / WEIGHTS).stat().st_size
+
+
+def test_the_version_follows_the_content_and_nothing_else(folder, tmp_path):
+    version = check_network(folder).version
+    copy = shutil.copytree(folder, tmp_path / "elsewhere")
+    (copy / "README.md").write_text("notes")
+    assert check_network(copy, "other").version == version
+    for file in (MANIFEST_FILE, "config.json", "tokenizer.json"):
+        changed = shutil.copytree(folder, tmp_path / file)
+        (changed / file).write_bytes((changed / file).read_bytes() + b"\n")
+        assert check_network(changed, "tab").version != version
+
+
+def test_one_changed_weight_changes_the_version(folder):
+    version = check_network(folder).version
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+    assert check_network(folder).version != version
+
+
+def test_no_folder(tmp_path):
+    assert "no such folder" in refusal(tmp_path / "nothing")
+
+
+def test_a_file_is_no_folder(folder):
+    assert "no such folder" in refusal(folder / "config.json", "x")
+
+
+def test_a_folder_without_a_manifest_is_no_network(folder):
+    (folder / MANIFEST_FILE).unlink()
+    line = refusal(folder)
+    assert str(folder) in line and "a folder without a manifest is no network" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "no JSON object"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"{}", "format_version"),
+    ],
+)
+def test_an_unreadable_manifest(folder, content, named):
+    (folder / MANIFEST_FILE).write_bytes(content)
+    line = refusal(folder)
+    assert MANIFEST_FILE in line and named in line
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("format_version", 2), ("kind", "magic"), ("default_scale", 9), ("surprise", 1)],
+)
+def test_an_invalid_manifest_names_the_field(folder, field, value):
+    edit_json(folder / MANIFEST_FILE, **{field: value})
+    assert field in refusal(folder)
+
+
+def test_a_manifest_with_a_scale_that_is_no_number(folder):
+    text = (
+        (folder / MANIFEST_FILE).read_text().replace('"default_scale": 1.0', '"default_scale": NaN')
+    )
+    (folder / MANIFEST_FILE).write_text(text)
+    assert "default_scale" in refusal(folder)
+
+
+def test_no_weights(folder):
+    (folder / WEIGHTS).unlink()
+    assert "no safetensors" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "extra.PT", "a.pth", "b.ckpt", "c.pkl"])
+def test_pickled_weights_are_refused_even_beside_safetensors(folder, name):
+    (folder / name).write_bytes(b"\x80\x04.")
+    assert name in refusal(folder)
+
+
+def test_pickled_weights_in_a_sub_folder(folder):
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.00.pth").write_bytes(b"\x80\x04.")
+    assert "consolidated.00.pth" in refusal(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 100, -1])
+def test_truncated_weights(folder, kept):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:kept])
+    assert "truncated or corrupt" in refusal(folder)
+
+
+def test_weights_with_bytes_too_many(folder):
+    with (folder / WEIGHTS).open("ab") as file:
+        file.write(b"\0")
+    assert "truncated or corrupt" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        b'{"a": {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+        b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_corrupt_headers(folder, header):
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    assert "truncated or corrupt" in refusal(folder)
+
+
+def test_a_header_that_claims_to_be_huge(folder):
+    (folder / WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    assert "truncated or corrupt" in refusal(folder)
+
+
+def test_weights_without_tensors(folder):
+    save_file({}, folder / WEIGHTS)
+    assert "no tensors" in refusal(folder)
+
+
+def test_code_in_the_config_is_refused(folder):
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    assert "auto_map" in refusal(folder)
+
+
+def test_code_in_the_tokenizer_is_refused(folder):
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tok", None]})
+    assert "auto_map" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "no-such-model"}', "{}"])
+def test_an_unreadable_config(folder, content):
+    (folder / "config.json").write_text(content)
+    assert "config.json" in refusal(folder)
+
+
+def test_a_missing_config(folder):
+    (folder / "config.json").unlink()
+    assert "config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [0, -5, "many", None])
+def test_a_config_without_a_usable_size(folder, value):
+    edit_json(folder / "config.json", max_position_embeddings=value)
+    assert "config.json" in refusal(folder)
+
+
+def test_links_out_of_the_folder_are_refused(folder, tmp_path):
+    outside = (folder / WEIGHTS).rename(tmp_path / "outside.safetensors")
+    (folder / WEIGHTS).symlink_to(outside)
+    assert "link out of the folder" in refusal(folder)
+
+
+def test_a_link_that_leads_nowhere_is_refused(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/nowhere/at/all")
+    assert "link out of the folder" in refusal(folder)
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Split the weights in two, with an index; returns its weight map."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    half = len(tensors) // 2
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[:half], names[half:]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return weight_map
+
+
+def test_sharded_weights(folder):
+    whole = check_network(folder)
+    shard(folder)
+    sharded = check_network(folder)
+    assert sharded.num_parameters == whole.num_parameters
+    assert sharded.version != whole.version
+
+
+def test_a_missing_shard_is_named(folder):
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors" in refusal(folder)
+
+
+def test_a_truncated_shard_is_named(folder):
+    shard(folder)
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    assert "model-00002-of-00002.safetensors is truncated" in refusal(folder)
+
+
+def test_a_shard_without_its_tensor(folder):
+    weight_map = shard(folder)
+    file = "model-00001-of-00002.safetensors"
+    tensor = next(name for name, listed in weight_map.items() if listed == file)
+    save_file({"another": torch.zeros(1)}, folder / file)
+    assert "lacks the tensor" in refusal(folder)
+    assert tensor
+
+
+def test_shards_without_an_index(folder):
+    shard(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    assert "model.safetensors.index.json" in refusal(folder)
+
+
+def test_an_index_that_leads_out_of_the_folder(folder):
+    index = {"weight_map": {"a": "../tab/model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "not there" in refusal(folder)
+
+
+def test_another_tokenizer_does_not_fit(folder):
+    network = check_network(folder)
+    check_fits(network, tokenizer_fingerprint(make_tokenizer()))
+    with pytest.raises(NetworkError, match="another tokenizer"):
+        check_fits(network, "sha256:" + "0" * 64)
+
+
+def test_a_kind_that_cannot_be_served_does_not_fit(folder):
+    edit_json(folder / MANIFEST_FILE, kind="cascade")
+    network = check_network(folder)
+    with pytest.raises(NetworkError, match="'cascade' cannot be served"):
+        check_fits(network, network.manifest.tokenizer_fingerprint)
+
+
+def test_a_store_lists_only_folders_with_a_manifest(folder):
+    store = folder.parent
+    (store / "notes").mkdir()
+    (store / "file").write_text("")
+    (store / ".hidden").mkdir()
+    (store / ".hidden" / MANIFEST_FILE).write_text("{}")
+    assert Store(store).names() == ["tab"]
+    assert Store(store).check("tab").name == "tab"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../tab", "a/b", "/etc", "-x", "a" * 65, "tab\n"])
+def test_names_cannot_lead_out_of_the_store(folder, name):
+    with pytest.raises(NetworkError, match="no name for a value network"):
+        Store(folder.parent).check(name)
+
+
+def test_a_store_needs_a_directory(tmp_path):
+    with pytest.raises(NetworkError, match="no such directory"):
+        Store(tmp_path / "nothing")
