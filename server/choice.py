@@ -1,0 +1,59 @@
+"""A request's choice of value networks, on its way from the route to the worker.
+
+The route resolves names to versions and checks limits, then *seals* the result into one string that vLLM
+carries in `SamplingParams.extra_args`. vLLM lets any client fill `extra_args` through `vllm_xargs`, so the
+string is signed with a key that only the processes of one server share: a choice that did not pass the
+route's checks does not verify, on any of vLLM's endpoints.
+"""
+
+import hashlib
+import hmac
+import json
+from typing import NamedTuple
+
+EXTRA_ARG = "trimtab"
+"""The key in `SamplingParams.extra_args` under which a sealed choice travels."""
+
+
+class ChosenNetwork(NamedTuple):
+    """One value network of a request, pinned to a version, with the factor on its logits."""
+
+    name: str
+    version: str
+    scale: float
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class Choice(NamedTuple):
+    """What a guided request runs with. `networks` is never empty and holds no zero scale."""
+
+    networks: tuple[ChosenNetwork, ...]
+    failure_token_id: int  # emitted when a network fails; one of the request's stop_token_ids
+
+
+def seal(choice: Choice, key: str) -> str:
+    """Return `choice` as a signed string, safe to put into `extra_args`."""
+    payload = json.dumps(choice, separators=(",", ":"))
+    return f"{_signature(payload, key)}.{payload}"
+
+
+def unseal(sealed: object, key: str) -> Choice:
+    """Return the choice inside `sealed`.
+
+    Raises:
+        ValueError: `sealed` was not made by `seal` with the same key.
+    """
+    signature, _, payload = sealed.partition(".") if isinstance(sealed, str) else ("", "", "")
+    if not hmac.compare_digest(signature.encode(), _signature(payload, key).encode()):
+        raise ValueError(
+            f'vllm_xargs["{EXTRA_ARG}"] is reserved; choose value networks with '
+            "`model` or `value_guidance`"
+        )
+    networks, failure_token_id = json.loads(payload)
+    return Choice(tuple(ChosenNetwork(*network) for network in networks), failure_token_id)
+
+
+def _signature(payload: str, key: str) -> str:
+    return hmac.new(key.encode(), payload.encode(), hashlib.sha256).hexdigest()

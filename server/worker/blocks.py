@@ -1,0 +1,204 @@
+"""The KV blocks of value networks, through vLLM's `KVCacheManager`.
+
+Networks whose KV caches have one shape share a pool, so memory goes where the traffic is. The state
+in it is a cache over token history: anything may be dropped and recomputed, slower but never wrong.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import (
+    get_kv_cache_config_from_groups,
+    get_request_block_hasher,
+    init_none_hash,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+from vllm.v1.request import Request
+from vllm.v1.worker.utils import allocate_kv_cache
+
+BLOCK_SIZE = 32
+"""Tokens per KV block: the CPU kernels want a multiple of 32, FlashAttention one of 16."""
+
+TokensOf = Callable[[int, int], list[int]]
+"""`tokens(start, stop)`: a row's token history from `start` to before `stop`; may end early."""
+
+
+class KVShape(NamedTuple):
+    """What networks must have in common to share a pool."""
+
+    layer: FullAttentionSpec
+    num_layers: int
+
+
+class BlockPool:
+    """The paged KV cache of all value networks with one KV shape."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        shape: KVShape,
+        num_bytes: int,
+        max_context: int,
+        device: torch.device,
+        prefix_caching: bool,
+    ) -> None:
+        """Allocate `num_bytes` of KV cache, or one full context where that is more.
+
+        Args:
+            vllm_config: of any network with this shape; its `cache_config` names the layout.
+            shape: of the networks; the layers' `block_size` is `BLOCK_SIZE`.
+            num_bytes: memory for the whole pool.
+            max_context: tokens of the longest sequence that a network may hold.
+            device: where the KV cache lies.
+            prefix_caching: let rows of one network share the blocks of equal prefixes.
+        """
+        layers = [f"layers.{i}" for i in range(shape.num_layers)]
+        block_bytes = shape.layer.page_size_bytes * shape.num_layers
+        # One block more than a full context holds: block 0 is vLLM's null block.
+        least = (-(-max_context // BLOCK_SIZE) + 1) * block_bytes
+        config = get_kv_cache_config_from_groups(
+            vllm_config, [KVCacheGroupSpec(layers, shape.layer)], max(num_bytes, least)
+        )
+        layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
+        caches = allocate_kv_cache(config, device, layout)
+        self.num_tokens = (config.num_blocks - 1) * BLOCK_SIZE
+        self.num_bytes = config.num_blocks * block_bytes
+        self.layer_caches = [caches[layer] for layer in layers]
+        self._tables: list[BlockTable] = []
+        self._clock = 0
+        self._manager = KVCacheManager(
+            config,
+            max_model_len=self.num_tokens,
+            scheduler_block_size=BLOCK_SIZE,
+            hash_block_size=BLOCK_SIZE,
+            enable_caching=prefix_caching,
+        )
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+
+    def new_table(self, max_rows: int, max_context: int, salt: str) -> "BlockTable":
+        """Make the table of one network. `salt` keeps its cached prefixes from all others'."""
+        table = BlockTable(self, max_rows, max_context, salt)
+        self._tables.append(table)
+        return table
+
+    def tick(self) -> int:
+        """Return the time of a new step, in steps; what was used last has the highest."""
+        self._clock += 1
+        return self._clock
+
+    def drop_least_recently_used(self) -> bool:
+        """Free the blocks of the sequence that was used longest ago and is not held.
+
+        Returns:
+            False when every sequence in the pool is held.
+        """
+        candidates = [
+            (table.last_used[slot], table, slot)
+            for table in self._tables
+            for slot in table.requests
+            if slot not in table.held
+        ]
+        if not candidates:
+            return False
+        _, table, slot = min(candidates, key=lambda candidate: candidate[0])
+        table.release(slot)
+        table.drops += 1
+        return True
+
+
+class BlockTable:
+    """Which of a pool's blocks hold which row's history, for one network.
+
+    A *slot* names a guided request for as long as it is in the batch. The arrays are indexed by
+    slot and read by the decoding step as a whole: a row that only decodes costs no Python.
+
+    Attributes:
+        computed: int32 `[max_rows]`, tokens whose keys and values are in the cache.
+        capacity: int32 `[max_rows]`, tokens that the slot's blocks can hold.
+        last_used: int64 `[max_rows]`, when a slot last ran, by the pool's `tick`.
+        block_ids: int32 `[max_rows, max_blocks]`.
+        requests: vLLM's record of each slot that owns blocks.
+        drops: sequences that lost their blocks to others and had to be recomputed.
+        held: slots that take part in the forward being put together, safe from `drop`.
+    """
+
+    def __init__(self, pool: BlockPool, max_rows: int, max_context: int, salt: str) -> None:
+        self.computed = np.zeros(max_rows, dtype=np.int32)
+        self.capacity = np.zeros(max_rows, dtype=np.int32)
+        self.last_used = np.zeros(max_rows, dtype=np.int64)
+        max_blocks = -(-max_context // BLOCK_SIZE)
+        self.block_ids = np.zeros((max_rows, max_blocks), dtype=np.int32)
+        self.requests: dict[int, Request] = {}
+        self.held: set[int] = set()
+        self.drops = 0
+        self._pool = pool
+        self._salt = salt
+        self._opened = 0
+
+    def open(self, slot: int, tokens: TokensOf, length: int) -> None:
+        """Start a slot's sequence: `computed` becomes what the prefix cache already holds."""
+        self._opened += 1
+        request = Request(
+            request_id=f"{self._salt}/{self._opened}",
+            prompt_token_ids=tokens(0, length),
+            sampling_params=SamplingParams(max_tokens=1),
+            pooling_params=None,
+            cache_salt=self._salt,
+            block_hasher=self._pool._hasher,
+        )
+        manager = self._pool._manager
+        blocks, num_cached, _ = manager.get_computed_blocks(request)
+        if num_cached:
+            # Adopting the hit pins its blocks; the rest is allocated as the forward needs it.
+            manager.allocate_slots(
+                request,
+                num_new_tokens=0,
+                num_new_computed_tokens=num_cached,
+                new_computed_blocks=blocks,
+            )
+        self.requests[slot] = request
+        self.computed[slot] = num_cached
+        self._refresh(slot)
+
+    def reserve(self, slot: int, tokens: TokensOf, length: int) -> bool:
+        """Make room for the first `length` tokens of an open slot, dropping others where needed.
+
+        vLLM publishes the blocks that these tokens fill to the prefix cache right away: the caller
+        computes exactly these tokens in its next forward.
+
+        Returns:
+            False when the pool is full of held sequences.
+        """
+        request = self.requests[slot]
+        request.num_computed_tokens = int(self.computed[slot])
+        known = request.num_tokens
+        if known < length:
+            request.append_output_token_ids(tokens(known, length))
+        while (
+            self._pool._manager.allocate_slots(request, length - request.num_computed_tokens)
+            is None
+        ):
+            if not self._pool.drop_least_recently_used():
+                return False
+        self._refresh(slot)
+        return True
+
+    def release(self, slot: int) -> None:
+        """Free a slot's blocks; full ones stay in the prefix cache until their space is needed."""
+        request = self.requests.pop(slot, None)
+        if request is not None:
+            self._pool._manager.free(request)
+        self.computed[slot] = self.capacity[slot] = 0
+        self.held.discard(slot)
+
+    def _refresh(self, slot: int) -> None:
+        (blocks,) = self._pool._manager.get_block_ids(self.requests[slot].request_id)
+        self.block_ids[slot, : len(blocks)] = blocks
+        self.capacity[slot] = len(blocks) * BLOCK_SIZE

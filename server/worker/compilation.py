@@ -1,0 +1,63 @@
+"""torch.compile for value networks: once for all networks of one architecture.
+
+Compiling takes seconds, and a store may hold dozens of networks that differ in their weights alone.
+vLLM's ahead-of-time compiled forward takes the module as its first argument and reads every weight
+from it, so a network can run the forward that another of the same shape compiled.
+"""
+
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.config import CompilationMode, VllmConfig
+
+LAYER_PREFIX = "value_network"
+"""Prefix of every network's layers: the names are constants of a compiled forward."""
+
+
+def compilation_mode(target: VllmConfig) -> CompilationMode:
+    """Compile where the target is compiled and this way of sharing was tried: on the CPU.
+
+    Without ahead-of-time compilation, vLLM drops the guards that would keep the networks (and the
+    target) apart; on CUDA, graphs rather than fusion take the launch overhead away.
+    """
+    config = target.compilation_config
+    shareable = (
+        config.mode == CompilationMode.DYNAMO_TRACE_ONCE
+        and config.backend == "inductor"
+        and envs.VLLM_USE_AOT_COMPILE
+    )
+    return config.mode if shareable else CompilationMode.NONE
+
+
+class CompiledForwards:
+    """The compiled forwards of a worker, by architecture."""
+
+    def __init__(self) -> None:
+        self._forwards: dict[str, Any] = {}
+
+    def adopt(self, model: torch.nn.Module, config: VllmConfig) -> None:
+        """Give `model` the forward of an earlier network of the same architecture, if any."""
+        module = _compiled_module(model)
+        forward = self._forwards.get(_architecture(config))
+        if module is not None and forward is not None:
+            module.aot_compiled_fn = forward
+
+    def keep(self, model: torch.nn.Module, config: VllmConfig) -> None:
+        """Remember the forward that `model` compiled when it first ran."""
+        forward = getattr(_compiled_module(model), "aot_compiled_fn", None)
+        if forward is not None:
+            self._forwards.setdefault(_architecture(config), forward)
+
+
+def _compiled_module(model: torch.nn.Module) -> Any:
+    wrappers = (m for m in model.modules() if isinstance(m, TorchCompileWithNoGuardsWrapper))
+    return next((wrapper for wrapper in wrappers if not wrapper.do_not_compile), None)
+
+
+def _architecture(config: VllmConfig) -> str:
+    """Everything that shapes the compiled code, and nothing else: no path, no weights."""
+    model = config.model_config
+    described = model.hf_config.to_dict() | {"_name_or_path": None}
+    return f"{model.dtype} {model.max_model_len} {sorted(described.items(), key=str)}"

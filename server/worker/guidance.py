@@ -1,0 +1,236 @@
+"""One decoding step of guidance: the target's logits in, guided logits out.
+
+This is the core that vLLM's two model runners share. It knows rows, networks and logits; the
+adapters know how a runner announces rows and where it keeps tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from server.choice import Choice
+from server.settings import Settings
+from server.worker.blocks import BlockPool, KVShape, TokensOf
+from server.worker.compilation import CompiledForwards
+from server.worker.network import Rows, ValueNetwork
+from value_models.combine import add_value_logits
+from value_models.store import check_network
+
+logger = init_logger(__name__)
+
+
+class GuidedRow:
+    """A request in the batch that chose value networks.
+
+    Attributes:
+        slot: names the row's place in every table of the worker, while it is in the batch; set by
+            the adapter.
+    """
+
+    slot: int
+
+    def __init__(self, choice: Choice, prompt_ids: list[int], output_ids: list[int]) -> None:
+        self.choice = choice
+        self._prompt_ids = prompt_ids
+        self._output_ids = output_ids  # vLLM's own list, which grows as tokens are sampled
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Return the history's tokens from `start` to before `stop`, as far as the host knows."""
+        prompt_length = len(self._prompt_ids)
+        tokens = self._prompt_ids[start:stop]
+        if stop > prompt_length:
+            tokens += self._output_ids[max(0, start - prompt_length) : stop - prompt_length]
+        # Asynchronous scheduling holds the place of a token still on the device with -1.
+        return tokens[: tokens.index(-1)] if -1 in tokens else tokens
+
+
+class Batch(NamedTuple):
+    """What a step needs to know of the rows of `logits`, guided or not."""
+
+    lengths: np.ndarray  # int32 [num_rows], tokens of history, this step's input the last of them
+    sampled: np.ndarray  # bool [num_rows], False: still in chunked prefill, its sample is discarded
+    last_tokens: torch.Tensor  # int [num_rows] on the device, the last input token of each row
+
+
+class _Assignment(NamedTuple):
+    """The rows of a batch that one network steers."""
+
+    network: ValueNetwork
+    rows: np.ndarray  # int64 [num_guided]
+    slots: np.ndarray  # int64 [num_guided]
+    histories: list[TokensOf]
+    scales: torch.Tensor  # float32 [num_guided, 1] on the device
+
+
+class Guidance:
+    """The value networks of a worker, and the rows that chose them.
+
+    Attributes:
+        any_failure: whether `failed` may be true of any row.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, settings: Settings, device: torch.device) -> None:
+        """Load every network of `settings`.
+
+        Raises:
+            NetworkError: a folder is no sound value network.
+            ValueError: vLLM cannot run it beside this target.
+        """
+        self._device = device
+        networks = [
+            ValueNetwork(check_network(path, name), vllm_config, device)
+            for name, path in settings.networks.items()
+        ]
+        self._networks = {(n.folder.name, n.folder.version): n for n in networks}
+        forwards = CompiledForwards()
+        for load_id, (network, pool) in enumerate(
+            zip(networks, _pools(networks, settings, device), strict=True)
+        ):
+            network.bind(pool, forwards, load_id)
+        self.any_failure = False
+        self._assignments: list[_Assignment] = []
+        self._failure_mask: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def status(self) -> list[dict[str, Any]]:
+        """Describe every resident network, as plain data for the API processes."""
+        return [
+            {
+                "name": network.folder.name,
+                "version": network.folder.version,
+                "kind": network.folder.manifest.kind,
+                "scale": network.folder.manifest.default_scale,
+                "state": "failed" if network.failure else "ready",
+                "reason": network.failure,
+                "max_context": network.max_context,
+                "vocab_size": network.folder.vocab_size,
+                "num_parameters": network.folder.num_parameters,
+                "drops": network.drops,
+            }
+            for network in self._networks.values()
+        ]
+
+    def release(self, row: GuidedRow) -> None:
+        """Forget a row that left the batch; it may come back as a new one."""
+        for network in self._networks.values():
+            network.release(row.slot)
+
+    def arrange(self, rows: dict[int, GuidedRow]) -> None:
+        """Take note of where guided rows now are in the batch: index -> row."""
+        chosen: dict[ValueNetwork, list[tuple[int, GuidedRow, float]]] = {}
+        for index, row in sorted(rows.items()):
+            for choice in row.choice.networks:
+                network = self._networks.get((choice.name, choice.version))
+                if network is None:
+                    self.any_failure = True  # `failed` says so for each such row
+                else:
+                    chosen.setdefault(network, []).append((index, row, choice.scale))
+        self._assignments = [
+            _Assignment(
+                network,
+                np.array([index for index, _, _ in members]),
+                np.array([row.slot for _, row, _ in members]),
+                [row.tokens for _, row, _ in members],
+                torch.tensor([[scale] for _, _, scale in members], device=self._device),
+            )
+            for network, members in chosen.items()
+        ]
+        self._failure_mask = (
+            torch.tensor(list(rows), dtype=torch.int64, device=self._device),
+            torch.tensor(
+                [row.choice.failure_token_id for row in rows.values()],
+                dtype=torch.int64,
+                device=self._device,
+            ),
+        )
+
+    def step(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return guided logits for one decoding step.
+
+        A network that throws or whose logits are not finite is marked failed; nothing is raised.
+
+        Args:
+            logits: `[num_rows, vocab_size]` of the target, grammar masks applied; may be changed.
+            batch: the same rows.
+
+        Returns:
+            float32 `[num_rows, vocab_size]`; rows without guidance are exactly the target's.
+        """
+        logits = logits.to(torch.float32)
+        for assignment in self._assignments:
+            if assignment.network.failure is None:
+                self._guide(logits, assignment, batch)
+        if self._failure_mask is not None:
+            logits.index_put_(self._failure_mask, logits.new_tensor(float("-inf")))
+        return logits
+
+    def failed(self, row: GuidedRow) -> bool:
+        """Whether a network that this row chose has failed, or is not resident at all."""
+        networks = [self._networks.get((c.name, c.version)) for c in row.choice.networks]
+        return any(network is None or network.failure is not None for network in networks)
+
+    def fail(self, reason: str, *networks: ValueNetwork) -> None:
+        """Mark networks as failed; without any, all of them: the step itself is broken."""
+        self.any_failure = True
+        for network in networks or self._networks.values():
+            network.failure = reason
+            logger.error("value network %s failed: %s", network, reason)
+
+    def _guide(self, logits: torch.Tensor, assignment: _Assignment, batch: Batch) -> None:
+        network, indices, slots, histories, scales = assignment
+        sampled = batch.sampled[indices]
+        if not sampled.all():
+            kept = np.flatnonzero(sampled)
+            if not len(kept):
+                return
+            indices, slots, scales = indices[kept], slots[kept], scales[torch.from_numpy(kept)]
+            histories = [histories[i] for i in kept]
+        everything = len(indices) == len(batch.lengths)
+        rows = None if everything else torch.from_numpy(indices).to(self._device)
+        try:
+            value = network.score(
+                Rows(
+                    slots,
+                    batch.lengths[indices],
+                    batch.last_tokens if everything else batch.last_tokens[rows],
+                    histories,
+                )
+            )
+        except Exception as error:  # whatever it is, it must not reach the engine
+            logger.exception("value network %s: its forward threw", network)
+            self.fail(f"its forward threw {type(error).__name__}: {error}", network)
+            return
+        # A sum is finite only if every logit is: one pass, one number to wait for.
+        if not torch.isfinite(value.sum(dtype=torch.float32)):
+            self.fail("its logits are not finite", network)
+            return
+        add_value_logits(logits, value, scales, rows)
+
+
+def _pools(
+    networks: Sequence[ValueNetwork], settings: Settings, device: torch.device
+) -> list[BlockPool]:
+    """Share the memory for KV blocks out: a pool for each KV shape, all of one size.
+
+    Returns:
+        The pool of each network.
+    """
+    by_shape: dict[KVShape, list[ValueNetwork]] = {}
+    for network in networks:
+        by_shape.setdefault(network.kv_shape, []).append(network)
+    num_bytes = int(settings.value_cache_gb * (1 << 30)) // max(1, len(by_shape))
+    pools = {
+        shape: BlockPool(
+            members[0].config,
+            shape,
+            num_bytes,
+            max(network.config.model_config.max_model_len for network in members),
+            device,
+            settings.prefix_caching,
+        )
+        for shape, members in by_shape.items()
+    }
+    return [pools[network.kv_shape] for network in networks]

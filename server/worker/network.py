@@ -1,0 +1,377 @@
+"""A resident value network: a vLLM model beside the target, with KV blocks of its own."""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from vllm.config import (
+    CUDAGraphMode,
+    ModelConfig,
+    VllmConfig,
+    get_layers_from_vllm_config,
+    set_current_vllm_config,
+)
+from vllm.config.load import LoadConfig
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader import get_model
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from server.worker.blocks import BLOCK_SIZE, BlockPool, KVShape, TokensOf
+from server.worker.compilation import LAYER_PREFIX, CompiledForwards, compilation_mode
+from value_models.store import NetworkFolder
+
+logger = init_logger(__name__)
+
+
+class Rows(NamedTuple):
+    """The rows of one decoding step that one network steers."""
+
+    slots: np.ndarray  # int64 [num_rows], see BlockTable
+    lengths: np.ndarray  # int32 [num_rows], tokens of history, this step's input the last of them
+    last_tokens: torch.Tensor  # int [num_rows] on the device, this step's input tokens
+    histories: Sequence[TokensOf]  # [num_rows], each row's tokens as far as the host knows
+
+
+class ValueNetwork:
+    """One value network in a worker, ready to score rows.
+
+    Attributes:
+        failure: why it must not be used any more, or None. Set once, never cleared.
+    """
+
+    def __init__(
+        self, folder: NetworkFolder, target_config: VllmConfig, device: torch.device
+    ) -> None:
+        """Load the weights. `bind` must follow before the first `score`.
+
+        Args:
+            folder: checked by `value_models.store`.
+            target_config: the engine's own configuration; it is not changed.
+            device: where the target's logits are.
+
+        Raises:
+            ValueError: the model's attention cannot share one paged KV cache.
+        """
+        self.folder = folder
+        self.failure: str | None = None
+        self._device = device
+        self._config = _network_config(folder, target_config)
+        with set_current_vllm_config(self._config, check_compile=False, prefix=LAYER_PREFIX):
+            self._model = get_model(
+                vllm_config=self._config,
+                model_config=self._config.model_config,
+                prefix=LAYER_PREFIX,
+            )
+        self._layers = get_layers_from_vllm_config(self._config, AttentionLayerBase)
+        self._config.cache_config.kv_cache_layout = get_supported_kv_cache_layouts(
+            {layer.get_attn_backend() for layer in self._layers.values()}
+        )[0].name
+        self._layer_names = list(self._layers)
+        self.kv_shape = KVShape(_kv_spec(self._layers), len(self._layers))
+        scheduler = target_config.scheduler_config
+        self._max_rows = scheduler.max_num_seqs
+        self._max_tokens = max(scheduler.max_num_batched_tokens, self._max_rows)
+        self._row_starts = torch.arange(self._max_rows + 1, dtype=torch.int32)
+        self._eager = False
+
+    @property
+    def config(self) -> VllmConfig:
+        """What vLLM runs the network with."""
+        return self._config
+
+    def bind(self, pool: BlockPool, forwards: CompiledForwards, load_id: int) -> None:
+        """Take KV blocks from `pool`, then compile the model and run it once.
+
+        Args:
+            pool: of this network's `kv_shape`.
+            forwards: all of the worker's compiled forwards; gains this network's.
+            load_id: unique in the worker's life, so that no cached block outlives its network.
+
+        Raises:
+            RuntimeError: vLLM's kernels cannot run the model's shape.
+        """
+        self.max_context = min(self._config.model_config.max_model_len, pool.num_tokens)
+        self._pool = pool
+        self._table = pool.new_table(self._max_rows, self.max_context, f"{self}#{load_id}")
+        for layer, cache in zip(self._layers.values(), pool.layer_caches, strict=True):
+            layer.bind_kv_cache(cache)
+        backend = next(iter(self._layers.values())).get_attn_backend()
+        with set_current_vllm_config(self._config, check_compile=False):
+            self._metadata_builder = backend.get_builder_cls()(
+                self.kv_shape.layer, self._layer_names, self._config, self._device
+            )
+            self._warm_up(forwards)
+
+    def __str__(self) -> str:
+        return f"{self.folder.name}@{self.folder.version}"
+
+    @property
+    def drops(self) -> int:
+        """Sequences that lost their KV blocks to others and were recomputed; see `BlockTable`."""
+        return self._table.drops
+
+    def release(self, slot: int) -> None:
+        """Forget a slot's history. Its full blocks stay in the prefix cache."""
+        self._table.release(slot)
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        """Return the network's next-token logits after each row's history.
+
+        Only tokens that are not yet in the KV cache are computed, in one forward where they fit.
+
+        Returns:
+            `[num_rows, vocab_size]` in the network's dtype.
+        """
+        table = self._table
+        positions = rows.lengths - 1
+        if np.array_equal(table.computed[rows.slots], positions) and np.all(
+            rows.lengths <= table.capacity[rows.slots]
+        ):
+            logits = self._decode(rows.slots, positions, rows.last_tokens)
+        else:
+            logits = self._extend(rows)
+        table.last_used[rows.slots] = self._pool.tick()
+        return logits
+
+    def _warm_up(self, forwards: CompiledForwards) -> None:
+        """Compile and try the model: what cannot run must be known before requests come.
+
+        The tokens go into vLLM's null block, which nobody reads.
+        """
+        # Two rows at least: torch.compile would take a size of 1 for a constant.
+        num_rows = min(8, self._max_rows)
+        slots, positions = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=np.int32)
+        tokens = torch.arange(num_rows, device=self._device, dtype=torch.int32)
+        tokens %= self.folder.vocab_size
+
+        forwards.adopt(self._model, self._config)
+        with torch.inference_mode():
+            compiled = self._decode(slots, positions, tokens).float()
+            self._eager = True
+            eager = self._decode(slots, positions, tokens).float()
+        self._table.release(0)
+        # Rounding differs by a few per mille; another network's weights would by about 100 %.
+        self._eager = not (compiled - eager).norm() <= 0.05 * eager.norm()
+        if self._eager:
+            logger.warning("value network %s: its compiled forward is off, running eagerly", self)
+        else:
+            forwards.keep(self._model, self._config)
+
+    def _decode(
+        self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Run one token of each row. The hot path: no Python per row."""
+        hidden = self._forward(
+            tokens, positions, self._row_starts[: len(slots) + 1], slots, positions + 1
+        )
+        self._table.computed[slots] = positions + 1
+        return self._model.compute_logits(hidden)
+
+    def _extend(self, rows: Rows) -> torch.Tensor:
+        """Run whatever each row still owes, in as many forwards as memory asks for."""
+        table = self._table
+        for index, slot in enumerate(rows.slots.tolist()):
+            if slot in table.requests and table.computed[slot] >= rows.lengths[index]:
+                table.release(slot)  # the history was cut short
+        logits: list[torch.Tensor | None] = [None] * len(rows.slots)
+        pending = list(range(len(rows.slots)))
+        while pending:
+            part = self._next_part(rows, pending)
+            finished = [
+                (i, index)
+                for i, (index, start, stop) in enumerate(part)
+                if stop == rows.lengths[index]
+            ]
+            hidden = self._run_part(rows, part, [i for i, _ in finished])
+            for (_, index), row_logits in zip(
+                finished, self._model.compute_logits(hidden) if finished else (), strict=True
+            ):
+                logits[index] = row_logits
+            done = {index for _, index in finished}
+            pending = [index for index in pending if index not in done]
+        return torch.stack(logits)
+
+    def _next_part(self, rows: Rows, pending: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Choose what to run in one forward: (index, first token, end) of as many rows as fit."""
+        table = self._table
+        part: list[tuple[int, int, int]] = []
+        budget = self._max_tokens
+        for index in pending:
+            if budget == 0:
+                break
+            slot, length = int(rows.slots[index]), int(rows.lengths[index])
+            tokens = rows.histories[index]
+            if slot not in table.requests:
+                table.open(slot, tokens, length)
+            table.held.add(slot)
+            start = int(table.computed[slot])
+            stop = min(length, start + budget)
+            if not table.reserve(slot, tokens, stop):
+                table.held.discard(slot)
+                break
+            part.append((index, start, stop))
+            budget -= stop - start
+        table.held.clear()
+        assert part, "the pool holds less than one context"
+        return part
+
+    def _run_part(
+        self, rows: Rows, part: Sequence[tuple[int, int, int]], finished: Sequence[int]
+    ) -> torch.Tensor:
+        """Run one part and return the last hidden state of its finished rows."""
+        slots = rows.slots[[index for index, _, _ in part]]
+        stops = np.array([stop for _, _, stop in part], dtype=np.int32)
+        row_starts = np.zeros(len(part) + 1, dtype=np.int32)
+        np.cumsum([stop - start for _, start, stop in part], out=row_starts[1:])
+        ids = np.zeros(row_starts[-1], dtype=np.int32)
+        for (i, start, stop), row_start in zip(part, row_starts, strict=False):
+            # The newest token may not have reached the host yet: it is put in on the device.
+            known = rows.histories[i](start, stop)
+            ids[row_start : row_start + len(known)] = known
+        positions = np.concatenate(
+            [np.arange(start, stop, dtype=np.int32) for _, start, stop in part]
+        )
+        token_ids = torch.from_numpy(ids).to(self._device, non_blocking=True)
+        last = torch.from_numpy(row_starts[1:] - 1).to(self._device, torch.int64)[list(finished)]
+        newest = [part[i][0] for i in finished]
+        token_ids[last] = rows.last_tokens[newest].to(token_ids.dtype)
+        # A client may send any id that the target's padded vocabulary has.
+        token_ids.clamp_(0, self.folder.vocab_size - 1)
+        hidden = self._forward(token_ids, positions, torch.from_numpy(row_starts), slots, stops)
+        self._table.computed[slots] = stops
+        return hidden[last]
+
+    def _forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: np.ndarray,
+        row_starts: torch.Tensor,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+    ) -> torch.Tensor:
+        """Run the model over a ragged batch, reading and writing its KV blocks.
+
+        Args:
+            token_ids: `[num_tokens]` on the device.
+            positions: `[num_tokens]`, each token's place in its row.
+            row_starts: int32 `[num_rows + 1]`, where each row's tokens begin; on the host.
+            slots: `[num_rows]`.
+            lengths: `[num_rows]`, tokens of each row in the cache after this forward.
+
+        Returns:
+            `[num_tokens, hidden_size]`
+        """
+        num_rows, num_tokens = len(slots), len(positions)
+        longest = int(lengths.max())
+        block_ids = self._table.block_ids[slots, : -(-longest // BLOCK_SIZE)]
+        row_lengths = np.diff(row_starts.numpy())
+        token_rows = (
+            np.arange(num_rows)
+            if num_tokens == num_rows
+            else np.repeat(range(num_rows), row_lengths)
+        )
+        token_slots = block_ids[token_rows, positions // BLOCK_SIZE].astype(np.int64)
+        token_slots = token_slots * BLOCK_SIZE + positions % BLOCK_SIZE
+        seq_lens = torch.from_numpy(lengths.astype(np.int32))
+        slot_mapping = self._to_device(token_slots)
+        metadata = self._metadata_builder.build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=row_starts.to(self._device, non_blocking=True),
+                query_start_loc_cpu=row_starts,
+                seq_lens=seq_lens.to(self._device, non_blocking=True),
+                seq_lens_cpu_upper_bound=seq_lens,
+                num_reqs=num_rows,
+                num_actual_tokens=num_tokens,
+                max_query_len=int(row_lengths.max()),
+                max_seq_len=longest,
+                block_table_tensor=self._to_device(block_ids),
+                slot_mapping=slot_mapping,
+            ),
+        )
+        with set_forward_context(
+            dict.fromkeys(self._layer_names, metadata),
+            self._config,
+            num_tokens=num_tokens,
+            slot_mapping=dict.fromkeys(self._layer_names, slot_mapping),
+            skip_compiled=self._eager,
+        ):
+            hidden: torch.Tensor = self._model(
+                input_ids=token_ids, positions=self._to_device(positions.astype(np.int64))
+            )
+        return hidden
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _network_config(folder: NetworkFolder, target: VllmConfig) -> VllmConfig:
+    """Derive the configuration of a value network from the target's.
+
+    Copies are shallow and every part that vLLM writes to while loading is replaced: the target's
+    layers and caches hang off its configuration.
+    """
+    config = copy.copy(target)
+    config.model_config = ModelConfig(
+        model=str(folder.path),
+        dtype=target.model_config.dtype,
+        seed=target.model_config.seed,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        trust_remote_code=False,
+    )
+    # A history is never longer than the target lets it be.
+    config.model_config.max_model_len = min(
+        config.model_config.max_model_len, target.model_config.max_model_len
+    )
+    config.quant_config = None
+    # "auto" would admit pickled weights; a target's "dummy" would randomise the network.
+    config.load_config = LoadConfig(load_format="safetensors")
+    config.compilation_config = copy.copy(target.compilation_config)
+    config.compilation_config.static_forward_context = {}
+    config.compilation_config.static_all_moe_layers = []
+    config.compilation_config.mode = compilation_mode(target)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    config.parallel_config = copy.copy(target.parallel_config)
+    config.parallel_config.is_moe_model = False
+    config.cache_config = copy.copy(target.cache_config)
+    config.cache_config.block_size = BLOCK_SIZE
+    config.cache_config.num_gpu_blocks_override = None
+    config.cache_config.cache_dtype = "auto"
+    config.cache_config.kv_cache_layout = None
+    config.cache_config.sliding_window = None
+    config.lora_config = None
+    config.speculative_config = None
+    config.kv_transfer_config = None
+    return config
+
+
+def _kv_spec(layers: dict[str, AttentionLayerBase]) -> FullAttentionSpec:
+    """Return the KV shape that all layers share.
+
+    Layers with a sliding window keep whole histories too, as vLLM does without its hybrid
+    allocator; their attention still reads the window only.
+    """
+    if not layers or not all(isinstance(layer, Attention) for layer in layers.values()):
+        raise ValueError("value networks need plain decoder attention in every layer")
+    shapes = {
+        (layer.num_kv_heads, layer.head_size, layer.head_size_v, layer.kv_cache_torch_dtype)
+        for layer in layers.values()
+    }
+    if len(shapes) > 1:
+        raise ValueError(f"attention layers of different KV shapes are not supported: {shapes}")
+    num_kv_heads, head_size, head_size_v, dtype = shapes.pop()
+    return FullAttentionSpec(
+        block_size=BLOCK_SIZE,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        head_size_v=head_size_v,
+        dtype=dtype,
+    )

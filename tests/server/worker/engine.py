@@ -1,0 +1,134 @@
+"""The real engine with guidance, offline, and what transformers says it should have sampled."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from vllm import LLM, RequestOutput, SamplingParams
+
+from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal
+from server.settings import Settings
+from value_models.store import check_network
+
+KEY = "test"
+
+
+@dataclass
+class Ask:
+    """One request: greedy, by prompt token ids."""
+
+    prompt: list[int]
+    max_tokens: int
+    network: str | None = None
+    scale: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+    also: dict[str, float] = field(default_factory=dict)
+    """More networks, and their scales."""
+
+    @property
+    def scales(self) -> dict[str, float]:
+        return {} if self.network is None else {self.network: self.scale} | self.also
+
+
+class GuidedEngine:
+    """vLLM's `LLM` with trimtab's plug points set, as `trimtab serve` sets them."""
+
+    def __init__(self, target: Path, networks: dict[str, Path], **options: Any) -> None:
+        settings = {
+            name: options.pop(name)
+            for name in ("value_cache_gb", "prefix_caching")
+            if name in options
+        }
+        Settings(networks=networks, key=KEY, **settings).export()
+        self.versions = {name: check_network(p, name).version for name, p in networks.items()}
+        self.target = _load(target)
+        self.networks = {name: _load(path) for name, path in networks.items()}
+        # The last id is made the failure token; `_load`ed models mask it in the same way.
+        self.failure_token_id = self.target.config.vocab_size - 1
+        self.llm = LLM(
+            str(target),
+            dtype="float32",
+            logits_processors=["server.worker.processor:ValueGuidance"],
+            worker_extension_cls="server.worker.extension.ValueNetworkWorker",
+            **{"enforce_eager": True, **options},
+        )
+        (reply,) = self.llm.collective_rpc("trimtab_attach")
+        assert "error" not in reply, reply
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        (reply,) = self.llm.collective_rpc("trimtab_networks")
+        return {network["name"]: network for network in reply["networks"]}
+
+    def params(self, ask: Ask) -> SamplingParams:
+        options: dict[str, Any] = {
+            "temperature": 0.0,
+            "max_tokens": ask.max_tokens,
+            "ignore_eos": True,
+            "detokenize": False,
+        } | ask.options
+        if ask.network is not None:
+            chosen = [ChosenNetwork(n, self.versions[n], s) for n, s in ask.scales.items()]
+            choice = Choice(tuple(chosen), self.failure_token_id)
+            options["extra_args"] = {EXTRA_ARG: seal(choice, KEY)}
+            options["stop_token_ids"] = [self.failure_token_id]
+        return SamplingParams(**options)
+
+    def run(self, asks: Sequence[Ask]) -> list[RequestOutput]:
+        """Run all requests together."""
+        return self.llm.generate(
+            [{"prompt_token_ids": ask.prompt} for ask in asks],
+            [self.params(ask) for ask in asks],
+            use_tqdm=False,
+        )
+
+    @torch.no_grad()
+    def reference_logits(self, ask: Ask, sampled: Sequence[int]) -> torch.Tensor:
+        """`target + scale * value` over the whole sequence, for each sampled token.
+
+        Returns:
+            float32 `[len(sampled), vocab_size]`
+        """
+        ids = torch.tensor([[*ask.prompt, *sampled]])
+        guided = self.target(ids).logits[0, len(ask.prompt) - 1 : -1]
+        for network, scale in ask.scales.items():
+            value = self.networks[network](ids).logits[0, len(ask.prompt) - 1 : -1]
+            guided[:, : value.shape[1]] += scale * value[:, : guided.shape[1]]
+            guided[:, value.shape[1] :] = float("-inf")
+            guided[:, self.failure_token_id] = float("-inf")
+        return guided
+
+    def assert_exact(self, asks: Sequence[Ask], outputs: Sequence[RequestOutput]) -> None:
+        """Every sampled token is the argmax of the reference, given those before it."""
+        for ask, output in zip(asks, outputs, strict=True):
+            for completion in output.outputs:
+                sampled = list(completion.token_ids)
+                expected = self.reference_logits(ask, sampled).argmax(-1).tolist()
+                assert sampled == expected, (ask, completion.finish_reason, completion.stop_reason)
+                assert len(sampled) == ask.max_tokens
+
+
+@contextlib.contextmanager
+def guided_engine(
+    target: Path, networks: dict[str, Path], **options: Any
+) -> Iterator[GuidedEngine]:
+    """Start an engine and shut it down again."""
+    engine = GuidedEngine(target, networks, **options)
+    try:
+        yield engine
+    finally:
+        engine.llm.llm_engine.engine_core.shutdown()
+
+
+def _load(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # collective_rpc with functions

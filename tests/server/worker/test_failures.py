@@ -1,0 +1,93 @@
+"""A network that fails takes its own requests with it, and nothing else."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from vllm import RequestOutput
+from vllm.exceptions import VLLMValidationError
+
+from tests.models import make_model, make_network
+from tests.server.worker.engine import Ask, GuidedEngine, guided_engine
+
+POISON = 300
+"""A token whose embedding is not finite in the network "poisoned"."""
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuidedEngine]:
+    root = tmp_path_factory.mktemp("failures")
+    poisoned = make_network(root / "poisoned", seed=2)
+    weights = load_file(poisoned / "model.safetensors")
+    weights["model.embed_tokens.weight"][POISON] = float("inf")
+    save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
+    networks = {
+        "poisoned": poisoned,
+        "throws": make_network(root / "throws", architecture="qwen2", seed=3),
+        "sound": make_network(root / "sound", seed=4),
+    }
+    with guided_engine(
+        make_model(root / "target"), networks, value_cache_gb=0.05, max_num_seqs=8
+    ) as engine:
+        yield engine
+
+
+def assert_ended_by_failure(engine: GuidedEngine, output: RequestOutput) -> None:
+    (completion,) = output.outputs
+    assert completion.finish_reason == "stop"
+    assert completion.stop_reason == engine.failure_token_id
+
+
+def others(engine: GuidedEngine) -> list[Ask]:
+    return [Ask([30 + i, 40, 50], 40, network) for i, network in enumerate([None, "sound"] * 3)]
+
+
+def test_non_finite_logits_end_only_their_own_requests(engine: GuidedEngine) -> None:
+    # The poison comes late: the request has produced sound tokens when its network fails.
+    poison = Ask([10, 11, 12], 40, "poisoned", 1.0, {"min_tokens": 40})
+    (before,) = engine.run([poison])
+    engine.assert_exact([poison], [before])
+    doomed = [Ask([POISON, 11, 12], 40, "poisoned", 1.0, {"min_tokens": 40}), poison]
+    asks = others(engine)
+    outputs = engine.run([*doomed, *asks])
+    assert_ended_by_failure(engine, outputs[0])
+    assert_ended_by_failure(engine, outputs[1])
+    engine.assert_exact(asks, outputs[2:])
+    status = engine.status()
+    assert status["poisoned"]["state"] == "failed"
+    assert "not finite" in status["poisoned"]["reason"]
+    assert status["sound"]["state"] == "ready"
+
+
+def test_a_forward_that_throws_ends_only_its_own_requests(engine: GuidedEngine) -> None:
+    def break_forward(worker: Any) -> None:
+        guidance = worker._value_guidance().guidance
+        (network,) = [n for n in guidance._networks.values() if n.folder.name == "throws"]
+
+        def forward(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("out of luck")
+
+        network._model.compute_logits = forward
+
+    sane = Ask([10, 11, 12], 20, "throws")
+    engine.assert_exact([sane], engine.run([sane]))
+    engine.llm.collective_rpc(break_forward)
+    asks = others(engine)
+    outputs = engine.run([sane, *asks])
+    assert_ended_by_failure(engine, outputs[0])
+    engine.assert_exact(asks, outputs[1:])
+    assert "out of luck" in engine.status()["throws"]["reason"]
+
+
+def test_failed_networks_stay_failed(engine: GuidedEngine) -> None:
+    outputs = engine.run([Ask([10], 5, "poisoned"), Ask([10], 5, "throws")])
+    for output in outputs:
+        assert_ended_by_failure(engine, output)
+
+
+def test_unsigned_choices_are_refused(engine: GuidedEngine) -> None:
+    params = engine.params(Ask([10], 5, "sound"))
+    params.extra_args = {"trimtab": str(params.extra_args["trimtab"]).replace("1.0", "9.0")}
+    with pytest.raises(VLLMValidationError, match="reserved"):
+        engine.llm.generate([{"prompt_token_ids": [10]}], [params], use_tqdm=False)
