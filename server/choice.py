@@ -1,9 +1,9 @@
 """A request's choice of value networks, on its way from the route to the worker.
 
-The route resolves names to versions and checks limits, then *seals* the result into one string that vLLM
-carries in `SamplingParams.extra_args`. vLLM lets any client fill `extra_args` through `vllm_xargs`, so the
-string is signed with a key that only the processes of one server share: a choice that did not pass the
-route's checks does not verify, on any of vLLM's endpoints.
+The route resolves names to versions and checks limits, then *seals* the result into one string that
+vLLM carries in `SamplingParams.extra_args`. vLLM lets any client fill `extra_args` through
+`vllm_xargs`, so the string is signed with a key that only the processes of one server share: a
+choice that did not pass the route's checks does not verify, on any of vLLM's endpoints.
 """
 
 import hashlib

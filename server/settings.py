@@ -1,8 +1,8 @@
 """What `trimtab serve` hands to vLLM's processes.
 
-vLLM spawns its engine core and workers itself, so settings travel through the environment. vLLM's own
-`additional_config` would do too, but it is part of the key of vLLM's compile cache: another set of
-networks would recompile the target.
+vLLM spawns its engine core and workers itself, so settings travel through the environment. vLLM's
+own `additional_config` would do too, but it is part of the key of vLLM's compile cache: another set
+of networks would recompile the target.
 """
 
 import hashlib

@@ -1,0 +1,114 @@
+"""The command `trimtab`."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from server.launch import MODULE, add_options
+
+SERVE_DESCRIPTION = """\
+Serve MODEL, steered per request by value networks, over OpenAI's API.
+
+Every flag of `vllm serve` works here too, with vLLM's meaning and default, except that --host is
+127.0.0.1 and --shutdown-timeout is 30 (seconds that running requests have to finish) unless given.
+`trimtab serve --help=all` lists them all, `--help=<word>` those about a word.
+"""
+SERVE_EPILOG = """\
+examples:
+  trimtab serve Qwen/Qwen2.5-7B --value-network chat=./networks/chat --max-model-len 8192
+  trimtab serve ./target --value-network-dir ./networks --host 0.0.0.0 --api-key sesame
+
+environment, on a CPU:
+  VLLM_CPU_KVCACHE_SPACE   GiB for the target's KV cache (2 unless set)
+
+Exits with 0 after a clean stop (SIGTERM, Ctrl-C), 1 after a failure, 2 if it cannot start as asked.
+"""
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    match sys.argv[1:]:
+        case ["serve", *arguments]:
+            raise SystemExit(serve(arguments))
+        case ["train", *arguments]:
+            raise SystemExit(train(arguments))
+        case ["check", *arguments]:
+            raise SystemExit(check(arguments))
+    parser = argparse.ArgumentParser(
+        prog="trimtab", description="Serve a large language model, steered by value networks."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, purpose in COMMANDS.items():
+        commands.add_parser(name, help=purpose)
+    parser.parse_args()
+
+
+COMMANDS = {
+    "serve": "serve a model and its value networks over OpenAI's API",
+    "train": "train a value network from demonstrations",
+    "check": "check a value network's folder without loading it",
+}
+
+
+def serve(arguments: list[str]) -> int:
+    """`trimtab serve`: start vLLM's server and watch over it. Returns the exit code."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--verbose", action="store_true", help="show vLLM's log here")
+    own.add_argument(
+        "--log-file",
+        type=Path,
+        metavar="FILE",
+        help="write vLLM's log to FILE (default: a new file, which the output names)",
+    )
+    options, passed = own.parse_known_args(arguments)
+    if {"-h", "--help"} & set(passed):
+        documented = argparse.ArgumentParser(
+            usage="trimtab serve MODEL [options] [any flag of `vllm serve`]",
+            description=SERVE_DESCRIPTION,
+            epilog=SERVE_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[own],
+        )
+        add_options(documented)
+        documented.print_help()
+        return 0
+    if any(argument.startswith("--help=") for argument in passed):
+        return subprocess.call([sys.executable, "-m", MODULE, *passed])
+
+    from server.supervisor import Supervisor
+
+    return Supervisor(passed, verbose=options.verbose, log_file=options.log_file).run()
+
+
+def train(arguments: list[str]) -> int:
+    """`trimtab train`: learn a value network. Returns the exit code."""
+    from value_models.training import train as training
+
+    parser = argparse.ArgumentParser(prog="trimtab train", description=COMMANDS["train"])
+    training.add_arguments(parser)
+    return training.main(parser.parse_args(arguments))
+
+
+def check(arguments: list[str]) -> int:
+    """`trimtab check`: say what is in a network's folder, or what is wrong with it."""
+    parser = argparse.ArgumentParser(prog="trimtab check", description=COMMANDS["check"])
+    parser.add_argument("folder", metavar="DIR")
+    folder = parser.parse_args(arguments).folder
+
+    from value_models.store import NetworkError, check_network
+
+    try:
+        network = check_network(folder)
+    except NetworkError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(
+        f"{network.name}@{network.version}: {network.manifest.kind}, "
+        f"{network.num_parameters:,} parameters, reads {network.max_context} tokens"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    main()

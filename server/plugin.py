@@ -1,0 +1,165 @@
+"""The four points where trimtab plugs into vLLM: wired here and nowhere else.
+
+| vLLM's plug point | what trimtab puts there |
+| --- | --- |
+| `logits_processors` | `LOGITS_PROCESSOR`: one decoding step, guided |
+| `worker_extension_cls` | `WORKER_EXTENSION`: calls to value networks in the workers |
+| `vllm.endpoint_plugins` | `ValueGuidanceEndpoints`: OpenAI's endpoints that know value networks |
+| `SamplingParams.extra_args` | `server.choice.EXTRA_ARG`: a request's choice, sealed |
+
+Reads vLLM 0.32's `AsyncLLM`, `OpenAIServingModels` and `OpenAIServingResponses`.
+"""
+
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Sized
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GenerationError
+
+from server.api.errors import ApiError, respond
+from server.api.generation import CURRENT, GenerationDoor
+from server.api.middleware import RequestGate, Traffic
+from server.api.routes import GUIDED_PATHS, Service, take_over
+from server.catalog import Catalog
+from server.failure_token import choose_failure_token
+from server.settings import Settings, cut_off_marker
+
+LOGITS_PROCESSOR = "server.worker.processor:ValueGuidance"
+WORKER_EXTENSION = "server.worker.extension.ValueNetworkWorker"
+ENDPOINT_PLUGIN = "trimtab"
+"""The entry point's name in the group `vllm.endpoint_plugins`, and the plugin's in VLLM_PLUGINS."""
+
+DRAIN_POLL_SECONDS = 0.05
+TEARDOWN_SECONDS = 10
+
+
+class ValueGuidanceEndpoints:
+    """vLLM's endpoint plugin: adds the routes, then connects them to the engine."""
+
+    name = ENDPOINT_PLUGIN
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._settings = Settings.load()
+        self._service: Service | None = None
+        self._traffic = Traffic()
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.add_exception_handler(ApiError, respond)
+        app.add_middleware(
+            RequestGate,
+            guided_paths=GUIDED_PATHS,
+            catalog=lambda: self._service.catalog if self._service else None,
+            traffic=self._traffic,
+            max_body_bytes=self._settings.max_body_bytes,
+        )
+        take_over(app, self._connected)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        assert engine_client is not None  # required_tasks keeps the engineless render server out
+
+        async def call_workers(method: str) -> list[Any]:
+            # `engine_client.collective_rpc` answers for the first data-parallel engine only.
+            replies = await engine_client.engine_core.call_utility_all_async(
+                "collective_rpc", method, None, (), None
+            )
+            return [reply for engine in replies for reply in engine]
+
+        catalog = Catalog(call_workers)
+        await catalog.attach()
+        door = GenerationDoor(
+            engine_client.generate,
+            catalog,
+            self._settings.key,
+            engine_client.model_config.max_model_len,
+            GenerationError,
+        )
+        engine_client.generate = door.generate
+        self._drain_before_shutdown(engine_client, state)
+        _check_before_streaming(state, door)
+        _answer_to_networks_names(state)
+        names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
+        self._service = Service(
+            settings=self._settings,
+            catalog=catalog,
+            target=names[0],
+            target_names=names,
+            failure_token_id=_failure_token(engine_client),
+        )
+
+    def _drain_before_shutdown(self, engine_client: Any, state: State) -> None:
+        """Let running requests finish before anything they need is taken down.
+
+        vLLM drains its engine, but not its renderer, and with several API processes nothing: those
+        close while the engine still runs.
+        """
+        shutdown = engine_client.shutdown
+        responses = state.openai_serving_responses
+        background: Sized = responses.background_tasks if responses else ()
+
+        def drain_and_shutdown(timeout: float | None = None) -> None:
+            # vLLM shuts down again, in the event loop's thread, which must not wait for itself.
+            if timeout is not None and threading.current_thread() is not threading.main_thread():
+                self._traffic.closing = True
+                # A little less: at the end of the grace period this process may be killed.
+                deadline = time.monotonic() + timeout - min(1.0, timeout / 4)
+                while (running := self._traffic.running + len(background)) and (
+                    time.monotonic() < deadline
+                ):
+                    time.sleep(DRAIN_POLL_SECONDS)
+                if running:
+                    cut_off_marker(self._settings.key).touch()
+                timeout = 0 if running else TEARDOWN_SECONDS
+            shutdown(timeout)
+
+        engine_client.shutdown = drain_and_shutdown
+
+    def _connected(self) -> Service:
+        assert self._service is not None  # vLLM serves only after init_state
+        return self._service
+
+
+def _check_before_streaming(state: State, door: GenerationDoor) -> None:
+    """Let responses be refused before their stream begins: their handler generates only then."""
+    serving = state.openai_serving_responses
+    if serving is None:
+        return
+    validate = serving._validate_generator_input
+
+    def validate_generator_input(engine_input: Any) -> Any:
+        door.check(engine_input)
+        return validate(engine_input)
+
+    serving._validate_generator_input = validate_generator_input
+
+
+def _answer_to_networks_names(state: State) -> None:
+    """Have vLLM's handlers put the name that the client used into their responses."""
+    models = state.openai_serving_models
+    served_name = models.model_name
+
+    def model_name(lora_request: Any = None) -> str:
+        request = CURRENT.get()
+        return (request and request.model) or served_name(lora_request)
+
+    models.model_name = model_name
+
+
+def _failure_token(engine_client: EngineClient) -> int:
+    model_config = engine_client.model_config
+    stop = model_config.try_get_generation_config().get("eos_token_id")
+    tokenizer = engine_client.get_tokenizer()
+    stop_token_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}
+    return choose_failure_token(tokenizer, model_config.get_vocab_size(), stop_token_ids)
+
+
+def endpoint_plugin() -> ValueGuidanceEndpoints:
+    """What the entry point `trimtab` in `vllm.endpoint_plugins` names."""
+    return ValueGuidanceEndpoints()

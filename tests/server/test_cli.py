@@ -1,0 +1,111 @@
+"""The command as people and container runtimes use it, on real engines."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.server.serving import TARGET, serving, trimtab
+
+GREEDY = {"temperature": 0}
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    ended = subprocess.run(trimtab(*arguments), capture_output=True, text=True)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def test_help_explains_serve() -> None:
+    code, output, _ = run("serve", "--help")
+    assert code == 0
+    assert "--value-network NAME=DIR" in output and "any flag of `vllm serve`" in output
+    assert run("--help")[0] == 0
+
+
+def test_an_unknown_command_is_refused() -> None:
+    code, _, errors = run("dance")
+    assert code == 2
+    assert "serve" in errors
+
+
+def test_check_describes_a_network_or_says_what_is_wrong(checkpoints: Path) -> None:
+    code, output, _ = run("check", checkpoints / "networks" / "qa")
+    assert code == 0
+    assert output.startswith("qa@") and "residual" in output
+    code, _, errors = run("check", checkpoints / "target")
+    assert code == 2
+    assert "without a manifest" in errors and len(errors.splitlines()) == 1
+
+
+def test_a_bad_network_is_refused_in_one_line(checkpoints: Path) -> None:
+    target = checkpoints / "target"
+    code, output, errors = run("serve", target, "--value-network", f"qa={target}")
+    assert (code, output) == (2, "")
+    assert "without a manifest" in errors and len(errors.splitlines()) == 1
+
+
+def test_sigterm_finishes_running_requests(checkpoints: Path, tmp_path: Path) -> None:
+    """With several API processes, which vLLM itself would end at once, and a key."""
+    network = f"qa={checkpoints / 'networks' / 'qa'}"
+    flags = ("--value-network", network, "--api-server-count", 2, "--api-key", "sesame")
+    asked = {"model": "qa", "prompt": "Where", "max_tokens": 400, "ignore_eos": True}
+    with (
+        serving(tmp_path, checkpoints / "target", *flags) as served,
+        httpx.Client(base_url=served.url, timeout=None) as client,
+    ):
+        denied = client.post("/v1/completions", json=asked)
+        assert (denied.status_code, denied.json()) == (401, {"error": "Unauthorized"})
+        client.headers["Authorization"] = "Bearer sesame"
+        answers = {client.post("/v1/completions", json=asked | GREEDY).text for _ in range(6)}
+        assert len({json.loads(answer)["choices"][0]["text"] for answer in answers}) == 1
+
+        asked |= {"stream": True, "stream_options": {"include_usage": True}}
+        with client.stream("POST", "/v1/completions", json=asked) as response:
+            lines = response.iter_lines()
+            next(lines)
+            served.process.send_signal(signal.SIGTERM)
+            events = [line.removeprefix("data: ") for line in lines if line]
+        assert events[-1] == "[DONE]"
+        assert json.loads(events[-2])["usage"]["completion_tokens"] == 400
+        assert served.process.wait() == 0
+    assert "Stopped." in served.output.read_text()
+
+
+def test_a_dead_engine_is_no_clean_exit(checkpoints: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, checkpoints / "target") as served:
+        assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == TARGET
+        (launched,) = children(served.process.pid)
+        (engine,) = (pid for pid in children(launched) if "EngineCore" in command(pid))
+        os.kill(engine, signal.SIGKILL)
+        assert served.process.wait() == 1
+        assert "ended by itself (exit code 0)" in served.output.read_text()
+
+
+def test_nothing_outlives_the_command(checkpoints: Path, tmp_path: Path) -> None:
+    """Even if it is killed while it starts."""
+    process = subprocess.Popen(
+        trimtab("serve", checkpoints / "target", "--log-file", tmp_path / "log")
+    )
+    while not (launched := children(process.pid)):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while command(launched[0]):
+        time.sleep(0.05)
+
+
+def children(parent: int) -> list[int]:
+    listed = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    return [int(pid) for pid in listed.split()]
+
+
+def command(pid: int) -> str:
+    """The command line of a process; empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except FileNotFoundError:
+        return ""

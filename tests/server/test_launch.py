@@ -1,0 +1,182 @@
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.launch import LaunchError, prepare
+from server.settings import Settings
+from tests.models import OTHER_TEXT, make_model, make_network, make_tokenizer
+from tests.server.conftest import SMALL
+from value_models.store import NetworkError
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Undo what is set for the processes that vLLM would start."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def target(checkpoints: Path) -> str:
+    return str(checkpoints / "target")
+
+
+@pytest.fixture
+def qa(checkpoints: Path) -> str:
+    return f"qa={checkpoints / 'networks' / 'qa'}"
+
+
+def refusal(*arguments: object) -> str:
+    with pytest.raises((LaunchError, NetworkError)) as refused:
+        prepare([str(argument) for argument in arguments])
+    assert "TRIMTAB_SETTINGS" not in os.environ
+    return str(refused.value)
+
+
+def test_networks_are_named_or_found_in_a_store(target: str, qa: str, checkpoints: Path) -> None:
+    store = checkpoints / "networks"
+    _, launched = prepare([target, "--value-network", f"other={store / 'qa'}"])
+    assert launched.networks["other"].startswith("other@")
+    _, launched = prepare([target, "--value-network-dir", str(store)])
+    assert {"qa", "json", "short"} < set(launched.networks)
+    _, launched = prepare([target])
+    assert launched.networks == {}
+
+
+def test_settings_reach_vllms_processes(target: str, qa: str) -> None:
+    prepare([target, "--value-network", qa, "--value-cache-gb", "0.5", "--max-body-mb", "2"])
+    settings = Settings.load()
+    assert list(settings.networks) == ["qa"] and settings.networks["qa"].is_absolute()
+    assert (settings.value_cache_gb, settings.max_body_bytes) == (0.5, 2 << 20)
+    assert len(settings.key) == 64 and settings.key not in repr(settings)
+    assert os.environ["VLLM_NO_USAGE_STATS"] == os.environ["DO_NOT_TRACK"] == "1"
+
+
+def test_vllm_is_plugged_into_and_its_flags_pass(target: str, qa: str) -> None:
+    own = ["--logits-processors", "users.own:Processor"]
+    args, launched = prepare([target, "--value-network", qa, "--port=8123", *own])
+    assert args.logits_processors[1:] == ["users.own:Processor"]
+    assert args.logits_processors[0].startswith("server.worker.")
+    assert args.worker_extension_cls.startswith("server.worker.")
+    assert (args.model, args.port, launched.target) == (target, 8123, target)
+    assert launched.url == "http://127.0.0.1:8123"
+
+
+def test_defaults_are_safe_and_can_be_changed(target: str) -> None:
+    args, _ = prepare([target])
+    assert (args.host, args.shutdown_timeout) == ("127.0.0.1", 30)
+    args, launched = prepare([target, "--host", "::", "--shutdown_timeout", "5"])
+    assert (args.host, args.shutdown_timeout) == ("::", 5)
+    assert launched.url == "http://[::1]:8000"
+
+
+def test_other_plugins_still_load(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "theirs")
+    prepare([target])
+    assert os.environ["VLLM_PLUGINS"] == "theirs,trimtab"
+    monkeypatch.delenv("VLLM_PLUGINS")
+    prepare([target])
+    assert "lora_filesystem_resolver" in os.environ["VLLM_PLUGINS"].split(",")  # vLLM's own
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--pipeline-parallel-size 2",
+        "-pp 2",
+        "--pipeline_parallel_size=2",
+        "--decode-context-parallel-size 2",
+        "--prefill-context-parallel-size 2",
+        '--speculative-config {"method":"ngram","num_speculative_tokens":2}',
+        "--runner pooling",
+        "--worker-extension-cls theirs.Worker",
+        "--skip-tokenizer-init",
+        "--headless",
+        "--grpc",
+    ],
+)
+def test_flags_that_cannot_be_honoured_are_refused(target: str, flags: str) -> None:
+    message = refusal(target, *flags.split())
+    assert "cannot be honoured" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "variable", ["VLLM_SERVER_DEV_MODE", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_RUST_FRONTEND"]
+)
+def test_environments_that_cannot_be_honoured_are_refused(
+    target: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert refusal(target).startswith(f"{variable} cannot be honoured")
+
+
+def test_a_flag_in_a_configuration_file_is_refused_too(target: str, tmp_path: Path) -> None:
+    (tmp_path / "vllm.yaml").write_text("pipeline-parallel-size: 2\n")
+    assert "--pipeline-parallel-size" in refusal(target, "--config", tmp_path / "vllm.yaml")
+
+
+def test_mistyped_flags_are_refused(target: str) -> None:
+    assert "--no-such-flag" in refusal(target, "--no-such-flag")
+    assert "--value-cache-gb" in refusal(target, "--value-cache-gb", "much")
+    assert "which model?" in refusal()
+
+
+def test_help_finds_vllms_flags_and_trimtabs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        prepare(["--help=all"])
+    assert ended.value.code == 0
+    output = capsys.readouterr().out
+    assert "--max-model-len" in output and "--value-network-dir" in output
+
+
+def test_networks_that_cannot_be_served_are_refused(
+    target: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    assert "NAME=DIR" in refusal(target, "--value-network", "qa")
+    assert "no such folder" in refusal(target, "--value-network", f"qa={tmp_path / 'none'}")
+    assert "without a manifest" in refusal(target, "--value-network", f"qa={target}")
+    assert "no such directory" in refusal(target, "--value-network-dir", tmp_path / "none")
+    assert "holds no value network" in refusal(target, "--value-network-dir", tmp_path)
+
+    make_network(tmp_path / "other", **SMALL, tokenizer=make_tokenizer(OTHER_TEXT, 400))
+    assert "another tokenizer" in refusal(target, "--value-network", f"qa={tmp_path / 'other'}")
+    make_network(tmp_path / "contrast", **SMALL, kind="contrast")
+    assert "'contrast' cannot be served yet" in refusal(
+        target, "--value-network", f"qa={tmp_path / 'contrast'}"
+    )
+
+
+def test_names_are_unique(target: str, qa: str) -> None:
+    assert "the target's too" in refusal(
+        target, "--served-model-name", "t", "qa", "--value-network", qa
+    )
+    assert "another value network's too" in refusal(target, *["--value-network", qa] * 2)
+    assert "LoRA" in refusal(target, "--value-network", qa, "--lora-modules", "qa=somewhere")
+
+
+def test_a_target_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    assert "tokenizer of" in refusal(tmp_path)
+
+
+def test_a_network_may_bring_an_example(target: str, qa: str, tmp_path: Path) -> None:
+    for name, training in (("first", {}), ("second", {"example": "Who was Ana?"})):
+        manifest = make_network(tmp_path / name, **SMALL) / "value_network.json"
+        fields = json.loads(manifest.read_text()) | {"training": training}
+        manifest.write_text(json.dumps(fields))
+    _, launched = prepare([target, "--value-network-dir", str(tmp_path)])
+    assert (launched.example_model, launched.example) == ("second", "Who was Ana?")
+    assert prepare([target, "--value-network", qa])[1].example_model == "qa"
+    assert prepare([target, "--served-model-name", "t"])[1].example_model == "t"
+
+
+def test_the_parent_learns_whether_the_target_chats(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(OTHER_TEXT, 300)
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    make_model(tmp_path / "base", tokenizer=tokenizer)
+    tokenizer.chat_template = template
+    assert not prepare([str(tmp_path / "base")])[1].chats
