@@ -7,8 +7,10 @@ loads. What the parent needs to know goes to it as one line of JSON on the file 
 
 import ctypes
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 from argparse import ArgumentParser, Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -53,6 +55,8 @@ class Launched(BaseModel):
     """A model to try, and something to say to it."""
     example: str
     shutdown_timeout: int
+    notes: list[str]
+    """What a person should know besides."""
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -146,6 +150,7 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GB))
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # it has another processor interface
 
+    notes = _settle_compilation(args)
     networks = _check_networks(args)
     _refuse_taken_names(args, networks)
     settings = Settings(
@@ -162,9 +167,8 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
     # Guidance first: the user's own processors then see guided logits as the model's.
     args.logits_processors = [LOGITS_PROCESSOR, *(args.logits_processors or [])]
     args.worker_extension_cls = WORKER_EXTENSION
-    return args, _describe(
-        args, settings, networks, bool(args.chat_template or tokenizer.chat_template)
-    )
+    chats = bool(args.chat_template or tokenizer.chat_template)
+    return args, _describe(args, settings, networks, chats, notes)
 
 
 def _die_with_parent() -> None:
@@ -245,6 +249,24 @@ def _refuse_flags(args: Namespace) -> None:
             raise LaunchError(f"{flag} cannot be honoured: {reason}")
 
 
+def _settle_compilation(args: Namespace) -> list[str]:
+    """Run uncompiled where vLLM could not compile and so not start. Returns what to say of it."""
+    from vllm.platforms import current_platform
+
+    compiler = os.environ.get("CXX", "g++")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if not current_platform.is_cpu() or args.enforce_eager:
+        return []
+    if shutil.which(compiler) and headers.exists():
+        return []
+    args.enforce_eager = True
+    missing = f"{compiler} and " if not shutil.which(compiler) else ""
+    return [
+        f"Running uncompiled, somewhat slower: compiling needs {missing}Python's headers "
+        "(Debian, Ubuntu: apt install g++ python3-dev)"
+    ]
+
+
 def _check_networks(args: Namespace) -> list[NetworkFolder]:
     """Check every network that the flags name. Raises `NetworkError` or `LaunchError`."""
     networks = []
@@ -290,12 +312,16 @@ def _target_tokenizer(args: Namespace) -> Any:
 
 
 def _describe(
-    args: Namespace, settings: Settings, networks: list[NetworkFolder], chats: bool
+    args: Namespace,
+    settings: Settings,
+    networks: list[NetworkFolder],
+    chats: bool,
+    notes: list[str],
 ) -> Launched:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
     scheme = "https" if args.ssl_certfile else "http"
     # A network may bring an example of what it is for.
-    examples = [(n.name, n.manifest.training.get("example", "")) for n in networks]
+    examples = [(n.name, n.manifest.example) for n in networks]
     target = (args.served_model_name or [args.model])[0]
     example_model, example = next((e for e in examples if e[1]), (examples or [(target, "")])[0])
     return Launched(
@@ -310,8 +336,9 @@ def _describe(
         },
         chats=chats,
         example_model=example_model,
-        example=str(example or EXAMPLE),
+        example=example or EXAMPLE,
         shutdown_timeout=args.shutdown_timeout,
+        notes=notes,
     )
 
 

@@ -170,6 +170,8 @@ class Supervisor:
             self._say(f"{'' if number else 'Value networks':15} {network}")
         if self._log is not None:
             self._say(f"vLLM's log      {self._log}")
+        for note in launched.notes:
+            self._say(note)
         if not self._console.is_terminal:
             self._say("Loading ...")
 

@@ -29,6 +29,8 @@ class Manifest(BaseModel):
     base: str | None = None
     """The base it was trained against, by name or content, for people to read."""
     description: str = ""
+    example: str = ""
+    """A request that shows what the network is for; `trimtab serve` suggests it."""
     training: dict[str, Any] = Field(default_factory=dict)
     """How it was trained: data fingerprint, settings, versions."""
 

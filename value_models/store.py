@@ -6,9 +6,11 @@ no code from a checkpoint runs, so a folder of unknown origin can be checked saf
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -280,12 +282,12 @@ def _tensor_shapes(file: Path) -> dict[str, list[int]]:
     `safe_open` maps the file, parses the header and verifies that the tensors' offsets tile the
     rest of the file exactly, so truncation, trailing bytes and overlaps all raise.
     """
+    if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
     try:
         with safe_open(file, framework="numpy") as tensors:
             shapes = {key: list(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
         reason = " ".join(str(error).split())[:200]
         raise _Problem(
             f"{file.name} is truncated or corrupt ({reason}); copy or train it again"

@@ -50,6 +50,7 @@ def main() -> None:
         example_model="qa",
         example="Where's Ana?",
         shutdown_timeout=0,
+        notes=[],
     )
     message = Refused(refused="no such flag") if behaviour == "refuse" else launched
     with os.fdopen(int(os.environ[REPORT_FD]), "w") as parent:

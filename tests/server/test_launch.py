@@ -164,14 +164,26 @@ def test_a_target_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_network_may_bring_an_example(target: str, qa: str, tmp_path: Path) -> None:
-    for name, training in (("first", {}), ("second", {"example": "Who was Ana?"})):
+    for name, example in (("first", ""), ("second", "Who was Ana?")):
         manifest = make_network(tmp_path / name, **SMALL) / "value_network.json"
-        fields = json.loads(manifest.read_text()) | {"training": training}
+        fields = json.loads(manifest.read_text()) | {"example": example}
         manifest.write_text(json.dumps(fields))
     _, launched = prepare([target, "--value-network-dir", str(tmp_path)])
     assert (launched.example_model, launched.example) == ("second", "Who was Ana?")
     assert prepare([target, "--value-network", qa])[1].example_model == "qa"
     assert prepare([target, "--served-model-name", "t"])[1].example_model == "t"
+
+
+def test_without_a_compiler_vllm_runs_uncompiled(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, launched = prepare([target])
+    assert not args.enforce_eager and not launched.notes
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    args, launched = prepare([target])
+    assert args.enforce_eager
+    assert "no-such-compiler" in launched.notes[0]
+    assert not prepare([target, "--enforce-eager"])[1].notes
 
 
 def test_the_parent_learns_whether_the_target_chats(tmp_path: Path) -> None:
