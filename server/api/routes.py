@@ -132,7 +132,7 @@ def _guide(
         model = None if request.model in here.target_names else request.model
         selection = select(here.catalog, model, request.value_guidance, here.settings.max_networks)
         if not selection.networks:
-            return await original(request, raw_request)
+            return _mention_networks(await original(request, raw_request), here.catalog)
 
         named_by_model = model is not None and model in here.catalog
         if named_by_model:
@@ -161,6 +161,18 @@ def _guide(
     endpoint.__annotations__["request"] = request_model
     endpoint.__doc__ = original.__doc__
     return endpoint
+
+
+def _mention_networks(response: Response, catalog: Catalog) -> Response:
+    """Add the networks to vLLM's answer that there is no such model: it lists the target only."""
+    if response is None or response.status_code != HTTPStatus.NOT_FOUND:
+        return response
+    fields = json.loads(bytes(response.body))
+    if fields.get("error", {}).get("param") != "model":
+        return response
+    networks = ", ".join(network.name for network in catalog) or "none"
+    fields["error"]["message"] += f" Value networks: {networks}."
+    return JSONResponse(fields, status_code=response.status_code)
 
 
 def _refuse_unguided_parts(request: Any) -> None:

@@ -155,6 +155,11 @@ class TestEveryEndpoint:
                 refused = error(post(client, path, stream=stream, **fields))
                 assert (refused["code"], refused["param"]) == (status, param), fields
 
+    def test_an_unknown_model_is_told_what_there_is(self, client: httpx.Client, path: str) -> None:
+        for fields in ({"model": "guard"}, {"value_guidance": "guard"}):
+            message = error(post(client, path, **fields))["message"]
+            assert "qa" in message and "json" in message
+
     @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity"])
     def test_json_literals_beyond_json_are_no_scale(
         self, client: httpx.Client, path: str, literal: str
