@@ -37,7 +37,15 @@ class KVShape(NamedTuple):
 
 
 class BlockPool:
-    """The paged KV cache of all value networks with one KV shape."""
+    """The paged KV cache of all value networks with one KV shape.
+
+    Attributes:
+        layer_caches: one tensor for each layer, which every network's layer of that place binds.
+        num_tokens: how many tokens fit.
+        now: the time, in steps.
+        tainted: blocks may hold NaN or infinity. Kernels multiply what lies behind a row's end in
+            its last block by a probability of 0, so such blocks are cleared for their next owner.
+    """
 
     def __init__(
         self,
@@ -71,7 +79,8 @@ class BlockPool:
         self.num_bytes = config.num_blocks * block_bytes
         self.layer_caches = [caches[layer] for layer in layers]
         self._tables: list[BlockTable] = []
-        self._clock = 0
+        self.now = 0
+        self.tainted = False
         self._manager = KVCacheManager(
             config,
             max_model_len=self.num_tokens,
@@ -89,9 +98,14 @@ class BlockPool:
         return table
 
     def tick(self) -> int:
-        """Return the time of a new step, in steps; what was used last has the highest."""
-        self._clock += 1
-        return self._clock
+        """Begin a step: what is used in it carries the time `now`, which is returned."""
+        self.now += 1
+        return self.now
+
+    def clear(self, block_ids: list[int]) -> None:
+        """Overwrite what earlier owners left in these blocks."""
+        for cache in self.layer_caches:
+            cache[block_ids] = 0
 
     def drop_least_recently_used(self) -> bool:
         """Free the blocks of the sequence that was used longest ago and is not held.
@@ -165,6 +179,7 @@ class BlockTable:
             )
         self.requests[slot] = request
         self.computed[slot] = num_cached
+        self.last_used[slot] = self._pool.now
         self._refresh(slot)
 
     def reserve(self, slot: int, tokens: TokensOf, length: int) -> bool:
@@ -181,12 +196,12 @@ class BlockTable:
         known = request.num_tokens
         if known < length:
             request.append_output_token_ids(tokens(known, length))
-        while (
-            self._pool._manager.allocate_slots(request, length - request.num_computed_tokens)
-            is None
-        ):
+        num_new = length - request.num_computed_tokens
+        while (blocks := self._pool._manager.allocate_slots(request, num_new)) is None:
             if not self._pool.drop_least_recently_used():
                 return False
+        if self._pool.tainted:
+            self._pool.clear(blocks.get_block_ids()[0])
         self._refresh(slot)
         return True
 

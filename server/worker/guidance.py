@@ -27,14 +27,13 @@ class GuidedRow:
     """A request in the batch that chose value networks.
 
     Attributes:
-        slot: names the row's place in every table of the worker, while it is in the batch; set by
-            the adapter.
+        slot: names the row's place in every table of the worker, while it is in the batch; the
+            adapter gives it one.
     """
-
-    slot: int
 
     def __init__(self, choice: Choice, prompt_ids: list[int], output_ids: list[int]) -> None:
         self.choice = choice
+        self.slot: int | None = None
         self._prompt_ids = prompt_ids
         self._output_ids = output_ids  # vLLM's own list, which grows as tokens are sampled
 
@@ -176,7 +175,7 @@ class Guidance:
         """Mark networks as failed; without any, all of them: the step itself is broken."""
         self.any_failure = True
         for network in networks or self._networks.values():
-            network.failure = reason
+            network.fail(reason)
             logger.error("value network %s failed: %s", network, reason)
 
     def _guide(self, logits: torch.Tensor, assignment: _Assignment, batch: Batch) -> None:

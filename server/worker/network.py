@@ -117,6 +117,11 @@ class ValueNetwork:
         """Sequences that lost their KV blocks to others and were recomputed; see `BlockTable`."""
         return self._table.drops
 
+    def fail(self, reason: str) -> None:
+        """Mark the network as failed, for good."""
+        self.failure = reason
+        self._pool.tainted = True
+
     def release(self, slot: int) -> None:
         """Forget a slot's history. Its full blocks stay in the prefix cache."""
         self._table.release(slot)
@@ -131,6 +136,8 @@ class ValueNetwork:
         """
         table = self._table
         positions = rows.lengths - 1
+        # A client may send, and another processor sample, ids that only the target has.
+        rows = rows._replace(last_tokens=rows.last_tokens.clamp(0, self.folder.vocab_size - 1))
         if np.array_equal(table.computed[rows.slots], positions) and np.all(
             rows.lengths <= table.capacity[rows.slots]
         ):
@@ -203,22 +210,24 @@ class ValueNetwork:
         table = self._table
         part: list[tuple[int, int, int]] = []
         budget = self._max_tokens
-        for index in pending:
-            if budget == 0:
-                break
-            slot, length = int(rows.slots[index]), int(rows.lengths[index])
-            tokens = rows.histories[index]
-            if slot not in table.requests:
-                table.open(slot, tokens, length)
-            table.held.add(slot)
-            start = int(table.computed[slot])
-            stop = min(length, start + budget)
-            if not table.reserve(slot, tokens, stop):
-                table.held.discard(slot)
-                break
-            part.append((index, start, stop))
-            budget -= stop - start
-        table.held.clear()
+        try:
+            for index in pending:
+                if budget == 0:
+                    break
+                slot, length = int(rows.slots[index]), int(rows.lengths[index])
+                tokens = rows.histories[index]
+                if slot not in table.requests:
+                    table.open(slot, tokens, length)
+                table.held.add(slot)
+                start = int(table.computed[slot])
+                stop = min(length, start + budget)
+                if not table.reserve(slot, tokens, stop):
+                    table.held.discard(slot)
+                    break
+                part.append((index, start, stop))
+                budget -= stop - start
+        finally:
+            table.held.clear()
         assert part, "the pool holds less than one context"
         return part
 
@@ -242,7 +251,6 @@ class ValueNetwork:
         last = torch.from_numpy(row_starts[1:] - 1).to(self._device, torch.int64)[list(finished)]
         newest = [part[i][0] for i in finished]
         token_ids[last] = rows.last_tokens[newest].to(token_ids.dtype)
-        # A client may send any id that the target's padded vocabulary has.
         token_ids.clamp_(0, self.folder.vocab_size - 1)
         hidden = self._forward(token_ids, positions, torch.from_numpy(row_starts), slots, stops)
         self._table.computed[slots] = stops

@@ -68,15 +68,18 @@ class ValueGuidance(LogitsProcessor):
         """Follow rows as they join, leave and move; called before every forward."""
         if batch_update is None:
             return
-        before = set(self._rows.values())
+        before = list(self._rows.values())
         if not process_dict_updates(self._rows, batch_update, self._new_row):
             return
-        rows = set(self._rows.values())
-        for row in before - rows:
-            self.guidance.release(row)
-            self._free_slots.append(row.slot)
-        for row in rows - before:
-            row.slot = self._free_slots.pop()
+        # In the same order on all tensor-parallel ranks: they must make the same choices.
+        staying = set(self._rows.values())
+        for row in before:
+            if row not in staying:
+                self.guidance.release(row)
+                self._free_slots.append(row.slot)
+        for _, row in sorted(self._rows.items()):
+            if row.slot is None:
+                row.slot = self._free_slots.pop()
         self.guidance.arrange(self._rows)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
@@ -90,7 +93,8 @@ class ValueGuidance(LogitsProcessor):
         for index, row in self._rows.items():
             if self._runner is None or self.guidance.failed(row):
                 logits[index] = float("-inf")
-                logits[index, row.choice.failure_token_id] = 0.0
+                # More than vLLM's thinking budget, which comes later, gives its end token.
+                logits[index, row.choice.failure_token_id] = 1e30
         return logits
 
     def _new_row(

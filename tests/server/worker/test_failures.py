@@ -12,21 +12,22 @@ from tests.models import make_model, make_network
 from tests.server.worker.engine import Ask, GuidedEngine, guided_engine
 
 POISON = 300
-"""A token whose embedding is not finite in the network "poisoned"."""
+"""A token whose embedding is not finite in the networks "poisoned" and "spoiled"."""
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuidedEngine]:
     root = tmp_path_factory.mktemp("failures")
-    poisoned = make_network(root / "poisoned", seed=2)
-    weights = load_file(poisoned / "model.safetensors")
-    weights["model.embed_tokens.weight"][POISON] = float("inf")
-    save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
     networks = {
-        "poisoned": poisoned,
+        "poisoned": make_network(root / "poisoned", seed=2),
+        "spoiled": make_network(root / "spoiled", seed=5),
         "throws": make_network(root / "throws", architecture="qwen2", seed=3),
         "sound": make_network(root / "sound", seed=4),
     }
+    for name in ("poisoned", "spoiled"):
+        weights = load_file(networks[name] / "model.safetensors")
+        weights["model.embed_tokens.weight"][POISON] = float("inf")
+        save_file(weights, networks[name] / "model.safetensors", metadata={"format": "pt"})
     with guided_engine(
         make_model(root / "target"), networks, value_cache_gb=0.05, max_num_seqs=8
     ) as engine:
@@ -41,6 +42,15 @@ def assert_ended_by_failure(engine: GuidedEngine, output: RequestOutput) -> None
 
 def others(engine: GuidedEngine) -> list[Ask]:
     return [Ask([30 + i, 40, 50], 40, network) for i, network in enumerate([None, "sound"] * 3)]
+
+
+def test_what_a_failed_network_left_in_its_blocks_harms_no_other(engine: GuidedEngine) -> None:
+    # Its blocks, full of NaN, go to the network that shares its pool, which fills them in part.
+    engine.run([Ask([POISON, *range(11, 90)], 40, "spoiled")])
+    assert engine.status()["spoiled"]["state"] == "failed"
+    asks = [Ask([50 + i, 60], 3, "sound") for i in range(8)]
+    engine.assert_exact(asks, engine.run(asks))
+    assert engine.status()["sound"]["state"] == "ready"
 
 
 def test_non_finite_logits_end_only_their_own_requests(engine: GuidedEngine) -> None:
