@@ -24,6 +24,8 @@ class Network(BaseModel):
     """Why it failed."""
     scale: float
     """The factor on its logits where a request names none."""
+    vocab_size: int
+    """Token ids below this are those that it knows."""
     max_context: int
     """The longest sequence it reads, prompt and output together, in tokens."""
     num_parameters: int

@@ -230,6 +230,10 @@ def _refuse_flags(args: Namespace) -> None:
             args.data_parallel_multi_port_external_lb,
             "it starts vLLM's servers without trimtab; run one `trimtab serve` per port",
         ),
+        "--distributed-executor-backend": (
+            args.distributed_executor_backend == "ray",
+            "Ray's workers do not get trimtab's settings; use mp",
+        ),
         "--grpc": (args.grpc, "value networks are chosen over HTTP"),
         "VLLM_SERVER_DEV_MODE": (
             envs.VLLM_SERVER_DEV_MODE,

@@ -61,7 +61,7 @@ class Supervisor:
             ready = self._wait_until_ready(report)
         if ready:
             self._announce(report, time.monotonic() - started)
-            self._wait(report.shutdown_timeout)
+        self._wait(report.shutdown_timeout)
         return self._ended(report, ready)
 
     def _start(self) -> Launched | Refused | None:

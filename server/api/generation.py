@@ -73,7 +73,11 @@ class GenerationDoor:
             raise bad_request(str(error), "vllm_xargs") from None
         request = CURRENT.get() or GuidedRequest(choice.networks, None, sampling_params.max_tokens)
         try:
+            if request.max_tokens is not None:
+                # vLLM has its own caps, from the target's generation_config.
+                request.max_tokens = min(request.max_tokens, sampling_params.max_tokens)
             room = self._room(request, prompt)
+            self._refuse_empty_choice(choice, sampling_params.allowed_token_ids)
             if sampling_params.min_tokens > room:
                 raise bad_request(
                     f"min_tokens is {sampling_params.min_tokens}, but the value network has room "
@@ -99,10 +103,10 @@ class GenerationDoor:
     def _room(self, request: GuidedRequest, prompt: Any) -> int:
         """Return how many tokens the networks can read after `prompt`, if that is enough."""
         token_ids = prompt.get("prompt_token_ids")
-        if token_ids is None or prompt.get("type") == "embeds":
+        if token_ids is None or prompt.get("type", "token") != "token":
             raise bad_request(
-                "a prompt of embeddings cannot be guided: value networks read tokens; "
-                "leave out value_guidance, or send text"
+                "a prompt of embeddings, images or sound cannot be guided: value networks read "
+                "tokens; leave out the value networks, or send text"
             )
         length = len(token_ids)
         network = min(
@@ -120,6 +124,18 @@ class GenerationDoor:
                 request.limit_name,
             )
         return room
+
+    def _refuse_empty_choice(self, choice: Choice, allowed: list[int] | None) -> None:
+        """Refuse `allowed_token_ids` of which guidance leaves none: the sampler would emit id 0."""
+        if allowed is None:
+            return
+        known = min(self._catalog.find(chosen.name).vocab_size for chosen in choice.networks)
+        if not any(token < known and token != choice.failure_token_id for token in allowed):
+            raise bad_request(
+                "allowed_token_ids names no token that the value network can score; "
+                f"its ids are below {known}",
+                "allowed_token_ids",
+            )
 
     async def _watch(
         self, outputs: AsyncGenerator[Any, None], choice: Choice, request: GuidedRequest

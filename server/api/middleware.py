@@ -1,5 +1,6 @@
 """What is decided about a request from its headers and raw body, before any route sees it."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -10,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import ApiError, bad_request
+from server.api.generation import CURRENT
 from server.catalog import Catalog
 from server.choice import EXTRA_ARG
 
@@ -53,6 +55,7 @@ class RequestGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             return await self.app(scope, receive, send)
+        CURRENT.set(None)  # a request pipelined behind another starts in its context
         self.traffic.running += 1
         try:
             await self._pass(scope, receive, send)
@@ -112,8 +115,8 @@ class RequestGate:
             return
         guided = ", ".join(sorted(self.guided_paths))
         try:
-            fields = from_json(body)
-        except ValueError:
+            fields = json.loads(body)  # as vLLM's routes do, which read other encodings too
+        except (ValueError, RecursionError):
             # A form, or something the route itself will refuse.
             if b"value_guidance" in body:
                 raise _unguided(path, "carries value_guidance", guided, "value_guidance") from None

@@ -125,9 +125,11 @@ class _Usable(BaseModel):
 def _guide(
     original: Endpoint, request_model: type[BaseModel], service: Callable[[], Service]
 ) -> Endpoint:
+    # Unknown fields are allowed, and mean nothing.
+    limits = [name for name in OUTPUT_LIMITS if name in request_model.model_fields]
+
     async def endpoint(request: Any, raw_request: Request) -> Response:
         here = service()
-        CURRENT.set(None)
         refuse_reserved(request.vllm_xargs)
         model = None if request.model in here.target_names else request.model
         selection = select(here.catalog, model, request.value_guidance, here.settings.max_networks)
@@ -147,7 +149,7 @@ def _guide(
             request.stop_token_ids = [*(request.stop_token_ids or []), here.failure_token_id]
         # vLLM's request model fills in a missing limit: only the request as sent knows.
         sent = await raw_request.json()
-        limit_name = next((name for name in OUTPUT_LIMITS if sent.get(name) is not None), None)
+        limit_name = next((name for name in limits if sent.get(name) is not None), None)
         guided = GuidedRequest(
             networks=selection.active,
             model=model if named_by_model else None,
@@ -181,6 +183,12 @@ def _refuse_unguided_parts(request: Any) -> None:
         raise bad_request(
             "use_beam_search cannot be guided by value networks; leave out one of the two",
             "use_beam_search",
+        )
+    if getattr(request, "background", None):
+        raise bad_request(
+            "background: a guided response cannot run in the background yet, where nobody would "
+            "be told that its value network failed; leave out background or the value networks",
+            "background",
         )
     if getattr(request, "prompt_logprobs", None) is not None:
         raise bad_request(

@@ -12,6 +12,7 @@ def status(name: str, **changes: Any) -> dict[str, Any]:
         "state": "ready",
         "reason": None,
         "scale": 1.0,
+        "vocab_size": 512,
         "max_context": 64,
         "num_parameters": 1000,
         "kind": "residual",

@@ -58,7 +58,13 @@ async def door(engine: Engine, workers: Workers) -> GenerationDoor:
 
 def params(sealed: str | None = None, **changes: Any) -> Any:
     extra_args = {"other": 1} | ({EXTRA_ARG: sealed} if sealed else {})
-    fields = {"max_tokens": 16, "min_tokens": 0, "prompt_logprobs": None, "extra_args": extra_args}
+    fields = {
+        "max_tokens": 16,
+        "min_tokens": 0,
+        "prompt_logprobs": None,
+        "allowed_token_ids": None,
+        "extra_args": extra_args,
+    }
     return SimpleNamespace(**fields | changes)
 
 
@@ -110,6 +116,28 @@ def test_what_exceeds_a_networks_context_is_refused_with_both_limits(door: Gener
     assert "qa@3f2a91c0 reads at most 64 tokens" in error.message
     assert "35 in the prompt and asks for 30 more, 65 in all" in error.message
     assert request.error is error
+
+
+@pytest.mark.parametrize("allowed", [[FAILURE_TOKEN], [512, 9999], [FAILURE_TOKEN, 512]])
+def test_allowed_ids_that_guidance_excludes_are_refused(
+    door: GenerationDoor, allowed: list[int]
+) -> None:
+    as_route()
+    with pytest.raises(ApiError, match="below 512"):
+        door.generate(tokens(4), guided(allowed_token_ids=allowed), "r")
+    door.generate(tokens(4), guided(allowed_token_ids=[*allowed, 5]), "r")
+
+
+@pytest.mark.parametrize("kind", ["embeds", "multimodal", "enc_dec"])
+def test_only_prompts_of_tokens_can_be_guided(door: GenerationDoor, kind: str) -> None:
+    as_route()
+    with pytest.raises(ApiError, match="value networks read tokens"):
+        door.generate(tokens(4) | {"type": kind}, guided(), "r")
+
+
+def test_vllms_own_cap_counts_as_what_is_asked_for(door: GenerationDoor) -> None:
+    as_route(max_tokens=99)
+    door.generate(tokens(60), guided(max_tokens=4), "r")
 
 
 def test_the_shortest_context_counts(door: GenerationDoor) -> None:

@@ -51,6 +51,22 @@ async def server() -> Server:
     return Server(await catalog_of(status("qa")))
 
 
+HIDDEN = r'{"value\u005fguidance": "qa", "model": "target", "x": '
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"value_guidance": "qa"}'.encode("utf-16"),
+        (HIDDEN + r'"\ud800"}').encode(),
+        (HIDDEN + "[" * 300 + "]" * 300 + "}").encode(),
+    ],
+)
+async def test_nothing_that_vllm_can_read_hides_from_the_gate(server: Server, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    assert_refused(await server.post(OTHER, content=body, headers=headers), 400, "value_guidance")
+
+
 def assert_refused(response: httpx.Response, code: int, param: str | None) -> None:
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (code, code, param)

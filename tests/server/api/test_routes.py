@@ -276,6 +276,23 @@ class TestParameters:
         guided = text_of(answer(client, COMPLETIONS, model="qa"))
         assert text_of(answer(client, COMPLETIONS, model="qa", echo=True)) == prompt + guided
 
+    def test_a_guided_response_in_the_background_is_refused(self, client: httpx.Client) -> None:
+        response = post(client, RESPONSES, model="qa", background=True)
+        assert error(response)["param"] == "background"
+
+    @pytest.mark.parametrize(
+        ("path", "limit", "stray"),
+        [
+            (RESPONSES, "max_output_tokens", {"max_tokens": 1}),
+            (CHAT, "max_tokens", {"max_output_tokens": "x"}),
+        ],
+    )
+    def test_a_limit_that_the_endpoint_does_not_know_means_nothing(
+        self, client: httpx.Client, path: str, limit: str, stray: dict[str, Any]
+    ) -> None:
+        refused = error(post(client, path, model="short", **{limit: 60}, **stray))
+        assert (refused["code"], refused["param"]) == (400, limit)
+
     @pytest.mark.parametrize(
         ("path", "fields", "param"),
         [
