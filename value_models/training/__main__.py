@@ -1,0 +1,3 @@
+from value_models.training.train import run
+
+raise SystemExit(run())
