@@ -1,0 +1,3 @@
+from value_models.demo.recipe import main
+
+raise SystemExit(main())
