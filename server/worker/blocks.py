@@ -76,7 +76,6 @@ class BlockPool:
         layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
         caches = allocate_kv_cache(config, device, layout)
         self.num_tokens = (config.num_blocks - 1) * BLOCK_SIZE
-        self.num_bytes = config.num_blocks * block_bytes
         self.layer_caches = [caches[layer] for layer in layers]
         self._tables: list[BlockTable] = []
         self.now = 0

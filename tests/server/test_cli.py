@@ -94,8 +94,10 @@ def test_nothing_outlives_the_command(checkpoints: Path, tmp_path: Path) -> None
         time.sleep(0.05)
     process.kill()
     process.wait()
-    while command(launched[0]):
+    patience = time.monotonic() + 60
+    while command(launched[0]) and time.monotonic() < patience:
         time.sleep(0.05)
+    assert not command(launched[0])
 
 
 def children(parent: int) -> list[int]:

@@ -137,7 +137,9 @@ def test_only_prompts_of_tokens_can_be_guided(door: GenerationDoor, kind: str) -
 
 def test_vllms_own_cap_counts_as_what_is_asked_for(door: GenerationDoor) -> None:
     as_route(max_tokens=99)
-    door.generate(tokens(60), guided(max_tokens=4), "r")
+    capped = guided(max_tokens=4)
+    door.generate(tokens(60), capped, "r")
+    assert capped.max_tokens == 4
 
 
 def test_the_shortest_context_counts(door: GenerationDoor) -> None:
@@ -175,7 +177,9 @@ async def test_what_vllm_shortens_to_the_target_is_not_asked_for(engine: Engine)
     await catalog.attach()
     door = GenerationDoor(engine.generate, catalog, KEY, 100, Failed)
     as_route(max_tokens=20)
-    door.generate(tokens(90), guided(max_tokens=10), "r")
+    shortened = guided(max_tokens=10)
+    door.generate(tokens(90), shortened, "r")
+    assert shortened.max_tokens == 10
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,9 @@ def test_the_shipped_networks_fit_the_shipped_target(family):
 
     fingerprint = tokenizer_fingerprint(family.tokenizer)
     for name in family.networks:
-        check_fits(check_network(evaluate.WEIGHTS / "networks" / name), fingerprint)
+        network = check_network(evaluate.WEIGHTS / "networks" / name)
+        check_fits(network, fingerprint)
+        assert network.manifest.kind == "residual"
 
 
 @needs_weights
