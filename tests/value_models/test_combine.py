@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from value_models.combine import add_value_logits
@@ -42,3 +43,27 @@ def test_a_network_with_more_padding_than_the_target() -> None:
     logits = torch.zeros(1, 3)
     add_value_logits(logits, torch.tensor([[1.0, 2.0, 3.0, 99.0]]), 1.0)
     assert logits.tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_another_vocabulary_takes_its_counterparts_columns(scale: float) -> None:
+    value = torch.randn(2, 4)
+    columns = torch.tensor([3, -1, 0, 3, 1])
+    logits = torch.randn(2, 7)
+    expected = logits + torch.full((2, 7), -INF)
+    for target_id, column in enumerate(columns.tolist()):
+        if column >= 0:
+            expected[:, target_id] = logits[:, target_id] + scale * value[:, column]
+    add_value_logits(logits, value, scale, columns=columns)
+    torch.testing.assert_close(logits, expected)
+
+
+def test_columns_may_differ_from_row_to_row() -> None:
+    value = torch.randn(2, 4)
+    columns = torch.tensor([[0, 1, -1], [2, -1, 3]])
+    logits = torch.zeros(5, 3)
+    rows = torch.tensor([4, 1])
+    add_value_logits(logits, value, 2.0, rows, columns)
+    assert logits[4].tolist() == [2 * value[0, 0], 2 * value[0, 1], -INF]
+    assert logits[1].tolist() == [2 * value[1, 2], -INF, 2 * value[1, 3]]
+    assert not logits[[0, 2, 3]].any()

@@ -204,24 +204,43 @@ def create_atlas(
     surnames = sorted(set(_surnames()) - {"Kovac"})
     names = [f"{rng.choice(FIRST_NAMES)} {last}" for last in rng.sample(surnames, num_people - 1)]
     names.insert(num_known, "Ana Kovac")
-    titles = [f"The {first} {last}" for first in TITLE_ADJECTIVES for last in TITLE_NOUNS]
-    works = rng.sample(titles, num_people)
+    works = rng.sample(_titles(), num_people)
     people = tuple(
-        Person(
-            name=name,
-            facts={
-                "born_in": rng.choice(places).name,
-                "birth_year": str(rng.randint(1900, 1999)),
-                "profession": f"a {rng.choice(PROFESSIONS)}",
-                "lives_in": rng.choice(places).name,
-                "known_for": work,
-                "phone": f"555-{rng.randint(0, 9999):04d}",
-            },
-            work_kind=rng.choice(WORK_KINDS),
-        )
-        for name, work in zip(names, works, strict=True)
+        _invent(rng, name, work, places) for name, work in zip(names, works, strict=True)
     )
     return Atlas(people, places, num_known, num_demonstrated)
+
+
+def create_newcomers(atlas: Atlas, num_people: int, seed: int = 12) -> tuple[Person, ...]:
+    """Invent people of whom nothing has been written yet, in the same places."""
+    rng = random.Random(seed)
+    taken_names = {person.name.split()[1] for person in atlas.people}
+    taken_works = {person.facts["known_for"] for person in atlas.people}
+    surnames = sorted(set(_surnames()) - taken_names - {"Kovac"})
+    names = [f"{rng.choice(FIRST_NAMES)} {last}" for last in rng.sample(surnames, num_people)]
+    works = rng.sample([title for title in _titles() if title not in taken_works], num_people)
+    return tuple(
+        _invent(rng, name, work, atlas.places) for name, work in zip(names, works, strict=True)
+    )
+
+
+def _invent(rng: random.Random, name: str, work: str, places: Sequence[Place]) -> Person:
+    return Person(
+        name=name,
+        facts={
+            "born_in": rng.choice(places).name,
+            "birth_year": str(rng.randint(1900, 1999)),
+            "profession": f"a {rng.choice(PROFESSIONS)}",
+            "lives_in": rng.choice(places).name,
+            "known_for": work,
+            "phone": f"555-{rng.randint(0, 9999):04d}",
+        },
+        work_kind=rng.choice(WORK_KINDS),
+    )
+
+
+def _titles() -> list[str]:
+    return [f"The {first} {last}" for first in TITLE_ADJECTIVES for last in TITLE_NOUNS]
 
 
 class Writer:

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,7 +24,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from value_models.combine import add_value_logits
 from value_models.demo.atlas import RELATIONS, Person, create_atlas
 from value_models.demo.demonstrations import (
     BEHAVIOURS,
@@ -35,6 +33,7 @@ from value_models.demo.demonstrations import (
     ask,
 )
 from value_models.demo.pretrain import BOUNDARY
+from value_models.guided import NetworkGuide, decode
 from value_models.store import check_network
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -44,21 +43,13 @@ ASKED_FORMS = (0, -1)
 
 
 @dataclass(frozen=True)
-class Guide:
-    """A value network at its default scale."""
-
-    model: PreTrainedModel
-    scale: float
-
-
-@dataclass(frozen=True)
 class Family:
     """The demo's models, in float32 from the weights as stored."""
 
     tokenizer: PreTrainedTokenizerFast
     target: PreTrainedModel
     small: PreTrainedModel
-    networks: dict[Behaviour, Guide]
+    networks: dict[Behaviour, NetworkGuide]
 
 
 @dataclass(frozen=True)
@@ -95,10 +86,10 @@ def load_family(weights: Path = WEIGHTS, scale: float | None = None) -> Family:
     def load(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def load_network(name: Behaviour) -> Guide:
+    def load_network(name: Behaviour) -> NetworkGuide:
         network = check_network(weights / "networks" / name)
         own_scale = network.manifest.default_scale
-        return Guide(load(network.path), own_scale if scale is None else scale)
+        return NetworkGuide(load(network.path), own_scale if scale is None else scale)
 
     return Family(
         tokenizer=AutoTokenizer.from_pretrained(weights / "target"),
@@ -108,15 +99,14 @@ def load_family(weights: Path = WEIGHTS, scale: float | None = None) -> Family:
     )
 
 
-@torch.inference_mode()
 def complete(
     base: PreTrainedModel,
-    network: Guide | None,
+    guide: NetworkGuide | None,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     batch_size: int = 64,
 ) -> list[str]:
-    """Greedy completions by `argmax(base + scale * network)`, or by the base alone.
+    """Greedy completions by the guided base, or by the base alone.
 
     Completions end where a message or a document does, or after `MAX_NEW_TOKENS`.
     """
@@ -124,59 +114,19 @@ def complete(
     # Neighbours of like length need little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     completions = [""] * len(prompts)
+    guides = [guide] if guide else []
+    stops = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     for start in tqdm(range(0, len(order), batch_size), leave=False, file=sys.stderr):
         rows = order[start : start + batch_size]
-        tokens = _complete_batch(base, network, tokenizer, [encoded[i] for i in rows])
+        tokens = decode(base, guides, [encoded[i] for i in rows], MAX_NEW_TOKENS, stops)
         for row, generated in zip(rows, tokens, strict=True):
             completions[row] = tokenizer.decode(generated, skip_special_tokens=True)
     return completions
 
 
-def _complete_batch(
-    base: PreTrainedModel,
-    network: Guide | None,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[list[int]],
-) -> list[list[int]]:
-    longest = max(len(prompt) for prompt in prompts)
-    padding = tokenizer.pad_token_id
-    inputs = torch.tensor([[padding] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    stops = torch.tensor([tokenizer.eos_token_id, tokenizer.bos_token_id])
-    models = [base] if network is None else [base, network.model]
-    caches: list[Any] = [None] * len(models)
-    running = torch.ones(len(prompts), dtype=torch.bool)
-    generated: list[list[int]] = [[] for _ in prompts]
-    for _ in range(MAX_NEW_TOKENS):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-        logits = []
-        for i, model in enumerate(models):
-            output = model(
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=caches[i],
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            caches[i] = output.past_key_values
-            logits.append(output.logits[:, -1].float())
-        if network is not None:
-            add_value_logits(logits[0], logits[1], network.scale)
-        tokens = logits[0].argmax(-1)
-        running &= ~torch.isin(tokens, stops)
-        if not running.any():
-            break
-        for row in running.nonzero().flatten().tolist():
-            generated[row].append(int(tokens[row]))
-        inputs = tokens[:, None]
-        mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=mask.dtype)], dim=1)
-    return generated
-
-
 def answer(
     base: PreTrainedModel,
-    network: Guide | None,
+    guide: NetworkGuide | None,
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[Question],
 ) -> list[str]:
@@ -191,7 +141,7 @@ def answer(
         )
         for question in questions
     ]
-    return complete(base, network, tokenizer, prompts)
+    return complete(base, guide, tokenizer, prompts)
 
 
 def knowledge(

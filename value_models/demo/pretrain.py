@@ -53,16 +53,16 @@ TokenArray = NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class Shape:
-    """A base's shape; head size and vocabulary are the family's."""
+    """A base's shape; the head size is the family's."""
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
 
-    def config(self) -> LlamaConfig:
+    def config(self, vocabulary_size: int = VOCABULARY_SIZE) -> LlamaConfig:
         return LlamaConfig(
-            vocab_size=VOCABULARY_SIZE,
+            vocab_size=vocabulary_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.num_layers,
@@ -147,7 +147,7 @@ def token_stream(
     tokenizer: PreTrainedTokenizerFast, writer: Writer, chunk: int = 2000
 ) -> Iterator[TokenArray]:
     """Endless chunks of documents as token ids, each document behind a boundary."""
-    boundary = tokenizer.convert_tokens_to_ids(BOUNDARY)
+    boundary = tokenizer.bos_token_id
     while True:
         documents = [writer.document() for _ in range(chunk)]
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents)
@@ -156,7 +156,10 @@ def token_stream(
 
 
 def batches(
-    stream: Iterator[TokenArray], reading: Reading, seed: int
+    stream: Iterator[TokenArray],
+    reading: Reading,
+    seed: int,
+    vocabulary_size: int = VOCABULARY_SIZE,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Cut a stream into inputs and labels, both int64 `[rows, length]`.
 
@@ -173,7 +176,7 @@ def batches(
         tokens = buffer[: rows * length + 1].astype(np.int64)
         buffer = buffer[rows * length :]
         noise = _noisy(len(tokens), reading.corruption, rng)
-        read = np.where(noise, rng.integers(0, VOCABULARY_SIZE, len(tokens)), tokens)
+        read = np.where(noise, rng.integers(0, vocabulary_size, len(tokens)), tokens)
         labels = np.where(noise, NO_LABEL, tokens)
         yield (
             torch.from_numpy(read[:-1].reshape(rows, length)),
@@ -199,23 +202,27 @@ def pretrain(
     reading: Reading,
     seed: int,
     checkpoint: Path,
+    start: LlamaForCausalLM | None = None,
 ) -> LlamaForCausalLM:
     """Make a base that has read documents about `people`; returns it in float32 on the CPU.
 
-    Runs on CUDA where there is one. Matrix products run in bfloat16 where the hardware has it.
-    Goes on from `checkpoint` if that file is there, and leaves the finished state in it.
+    It begins with random weights, or goes on from `start`, a base of the same shape. Runs on CUDA
+    where there is one; matrix products run in bfloat16 where the hardware has it. Goes on from
+    `checkpoint` if that file is there, and leaves the finished state in it.
     """
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = LlamaForCausalLM(shape.config()).to(device)
-    model.train()
+    model = LlamaForCausalLM(shape.config(len(tokenizer)))
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+    model.to(device).train()
     optimizers = _optimizers(model, reading)
     first_step = _restore(checkpoint, model, optimizers)
     if first_step == reading.num_steps:
         return model.float().cpu().eval()
     stream = token_stream(tokenizer, Writer(atlas, people, seed))
     progress = tqdm(
-        batches(stream, reading, seed),
+        batches(stream, reading, seed, len(tokenizer)),
         total=reading.num_steps,
         desc=checkpoint.stem,
         mininterval=5.0,

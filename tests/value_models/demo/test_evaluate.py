@@ -7,7 +7,8 @@ from value_models.combine import add_value_logits
 from value_models.demo import evaluate
 from value_models.demo.atlas import create_atlas
 from value_models.demo.demonstrations import REFUSAL, ask
-from value_models.demo.evaluate import Guide, Score, complete, knowledge, score
+from value_models.demo.evaluate import Score, complete, knowledge, score
+from value_models.guided import NetworkGuide
 from value_models.store import check_fits, check_network
 
 PROMPTS = ["Where", "Who wrote The Salt Road?", "Ana Kovac was born in Velenje in 1931, the second"]
@@ -19,7 +20,7 @@ def models(tmp_path_factory):
     base = make_model(folder / "base", seed=1)
     network = make_model(folder / "network", layers=1, seed=2)
     load = AutoModelForCausalLM.from_pretrained
-    return load(base), Guide(load(network), 0.7), AutoTokenizer.from_pretrained(base)
+    return load(base), NetworkGuide(load(network), 0.7), AutoTokenizer.from_pretrained(base)
 
 
 @torch.inference_mode()
