@@ -34,11 +34,12 @@ def cascade(
     input_ids: torch.Tensor, base_logits: torch.Tensor, embedding: nn.Embedding
 ) -> torch.Tensor:
     """The expectation of the embedding table under the base's next-token distribution."""
-    weight = embedding.weight
     # Either vocabulary may be padded; what only the base has carries no embedding.
-    shared = min(base_logits.shape[-1], weight.shape[0])
+    shared = min(base_logits.shape[-1], embedding.num_embeddings)
+    # By a call, not from `weight`: some models scale what they embed, and FSDP shards the weight.
+    table: torch.Tensor = embedding(torch.arange(shared, device=input_ids.device))
     expected = base_logits[..., :shared].softmax(-1, dtype=torch.float32)
-    return expected.to(weight.dtype) @ weight[:shared]
+    return expected.to(table.dtype) @ table
 
 
 def cascade_plus(

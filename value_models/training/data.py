@@ -1,57 +1,25 @@
-"""Demonstrations on disk, and the token sequences that training sees.
-
-A file holds one conversation a line, as OpenAI's fine-tuning format has it:
-`{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}`.
-"""
+"""Demonstrations as training sees them: token sequences, with labels on the responses."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import random
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, overload
 
-import torch
 from jinja2.exceptions import TemplateError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from value_models.training import TrainingError
+from value_models.training.conversation import Conversation, parse
+from value_models.training.source import read_lines
 
 IGNORED = -100
 """The label of a token that is no part of a response."""
-
-
-class TextPart(BaseModel):
-    """A part of a message's content; only text can be learned from."""
-
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One turn. Tool calls and other fields would be lost in silence, so they are errors."""
-
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
-
-
-class Conversation(BaseModel):
-    """One line of a demonstrations file."""
-
-    model_config = ConfigDict(extra="forbid")
-    messages: list[Message] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -66,40 +34,96 @@ class Example:
         return sum(label != IGNORED for label in self.labels)
 
 
-@dataclass
-class Demonstrations:
-    """A file as training sees it."""
+class Examples(Sequence[Example]):
+    """Many examples in 5 bytes a token, where lists would take some hundred."""
 
-    examples: list[Example]
-    num_conversations: int
-    fingerprint: str
-    """`sha256:<hex>` of the file's content."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Why conversations, or their last turns, were left out, and how many."""
+    def __init__(self, examples: Iterable[Example] = ()) -> None:
+        self._tokens = array("i")
+        self._on_response = bytearray()
+        self._ends = array("q", [0])
+        for example in examples:
+            self.append(example)
+
+    def append(self, example: Example) -> None:
+        self._tokens.extend(example.input_ids)
+        self._on_response.extend(label != IGNORED for label in example.labels)
+        self._ends.append(len(self._tokens))
 
     @property
     def num_response_tokens(self) -> int:
-        return sum(example.num_response_tokens for example in self.examples)
+        return sum(self._on_response)
+
+    def num_tokens(self, index: int) -> int:
+        """Length of one example."""
+        return self._ends[index + 1] - self._ends[index]
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        if isinstance(index, slice):
+            return Examples(self[one] for one in range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        own = slice(self._ends[index], self._ends[index + 1])
+        tokens = self._tokens[own].tolist()
+        on_response = self._on_response[own]
+        labels = [t if on else IGNORED for t, on in zip(tokens, on_response, strict=True)]
+        return Example(tokens, labels)
+
+
+@dataclass
+class Demonstrations:
+    """A file or dataset as training sees it."""
+
+    examples: Examples
+    num_conversations: int
+    fingerprint: str
+    """`sha256:<hex>` of the file's content, or of a dataset's rows as JSON lines."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Why conversations, or some of their turns, were left out, and how many."""
 
     def report(self) -> str:
         """One line for people: what was read and what was left out."""
         read = (
             f"{self.num_conversations} conversations read, {len(self.examples)} used, "
-            f"{self.num_response_tokens} response tokens"
+            f"{self.examples.num_response_tokens} response tokens"
         )
         losses = "; ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         return f"{read}; left out: {losses}" if losses else read
 
+    def split(self, share: float, seed: int) -> tuple[Examples, Examples]:
+        """Draw a share of the examples, at least one: those to train on, and those held out.
+
+        Raises:
+            TrainingError: nothing would be left to train on.
+        """
+        number = len(self.examples)
+        chosen = set(random.Random(seed).sample(range(number), max(1, round(share * number))))
+        if len(chosen) == number:
+            raise TrainingError(
+                f"held-out share {share} of {number} examples leaves none to train on"
+            )
+        kept, held_out = Examples(), Examples()
+        for index, example in enumerate(self.examples):
+            (held_out if index in chosen else kept).append(example)
+        return kept, held_out
+
 
 def load_demonstrations(
-    file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
+    data: Path | str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Demonstrations:
-    """Read a file and encode it with the tokenizer's own chat template.
+    """Read a file or dataset and encode it with the tokenizer's own chat template.
 
     A conversation longer than `max_length` tokens keeps the leading turns that fit whole.
 
     Raises:
-        TrainingError: the file cannot be read, a line is no conversation (the message names file
+        TrainingError: the data cannot be read, a line is no conversation (the message names file
             and line), the tokenizer has no chat template, or nothing is left to learn from.
     """
     if not tokenizer.chat_template:
@@ -107,30 +131,25 @@ def load_demonstrations(
             "the base's tokenizer has no chat template, so nothing says how a conversation "
             "becomes tokens; pass one with --chat-template"
         )
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise TrainingError(f"{file}: cannot be read ({error.strerror})") from error
-    found = Demonstrations(
-        examples=[],
-        num_conversations=0,
-        fingerprint=f"sha256:{hashlib.sha256(content).hexdigest()}",
-    )
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    digest = hashlib.sha256()
+    found = Demonstrations(examples=Examples(), num_conversations=0, fingerprint="")
+    for where, line in read_lines(data):
+        digest.update(line)
         if not line.strip():
             continue
-        conversation = _parse(line, where=f"{file}:{number}")
+        conversation = parse(line, where)
         found.num_conversations += 1
         try:
             example = encode(conversation, tokenizer, max_length, found.dropped)
         except TemplateError as error:
             raise TrainingError(
-                f"{file}:{number}: the chat template refuses this conversation ({error})"
+                f"{where}: the chat template refuses this conversation ({error})"
             ) from error
         if example is not None:
             found.examples.append(example)
+    found.fingerprint = f"sha256:{digest.hexdigest()}"
     if not found.examples:
-        raise TrainingError(f"{file}: nothing to learn from ({found.report()})")
+        raise TrainingError(f"{data}: nothing to learn from ({found.report()})")
     return found
 
 
@@ -147,6 +166,11 @@ def encode(
     left out; None when nothing remains.
     """
     messages = [{"role": m.role, "content": m.text} for m in conversation.messages]
+    if messages[0]["role"] == "assistant":
+        # Cut out of a longer conversation: it answers nothing, and many templates refuse it.
+        dropped["with leading turns of the assistant, which answer nothing"] += 1
+        while messages and messages[0]["role"] == "assistant":
+            del messages[0]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         dropped["without an assistant message"] += 1
@@ -169,17 +193,6 @@ def encode(
     return Example(input_ids, labels) if input_ids else None
 
 
-def _parse(line: bytes, where: str) -> Conversation:
-    try:
-        return Conversation.model_validate(json.loads(line))
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"])) or "line"
-        raise TrainingError(f"{where}: {place}: {fault['msg']}") from error
-    except (ValueError, RecursionError) as error:
-        raise TrainingError(f"{where}: not valid JSON ({error})") from error
-
-
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[dict[str, str]],
@@ -192,23 +205,3 @@ def _render(
         return_dict=False,
     )
     return list(ids)
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads examples on the right into one batch: int64 tensors `[rows, longest]`."""
-
-    pad_token_id: int
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        longest = max(len(example.input_ids) for example in examples)
-        shape = (len(examples), longest)
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64)
-        for row, example in enumerate(examples):
-            length = len(example.input_ids)
-            input_ids[row, :length] = torch.tensor(example.input_ids)
-            attention_mask[row, :length] = 1
-            labels[row, :length] = torch.tensor(example.labels)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

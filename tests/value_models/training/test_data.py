@@ -2,16 +2,15 @@ import json
 from collections import Counter
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from tests.models import make_tokenizer
 from value_models.training import TrainingError
+from value_models.training.conversation import Conversation
 from value_models.training.data import (
     IGNORED,
-    Collator,
-    Conversation,
     Example,
+    Examples,
     encode,
     load_demonstrations,
 )
@@ -176,9 +175,40 @@ def test_no_chat_template(tmp_path):
         load_demonstrations(write(tmp_path / "a.jsonl", line(USER, ASSISTANT)), tokenizer, 99)
 
 
-def test_batches_are_padded_on_the_right_without_labels():
-    batch = Collator(pad_token_id=7)([Example([1, 2, 3], [IGNORED, 2, 3]), Example([4], [4])])
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+def test_both_formats_may_stand_in_one_file(tmp_path):
+    shared = [{"from": "human", "value": USER["content"]}]
+    shared += [{"from": "gpt", "value": ASSISTANT["content"]}]
+    file = write(tmp_path / "a.jsonl", line(USER, ASSISTANT), json.dumps({"conversations": shared}))
+    first, second = load_demonstrations(file, make_tokenizer(), 10_000).examples
+    assert first == second
+
+
+def test_a_response_to_nothing_is_left_out_and_counted():
+    example, dropped = encoded(ASSISTANT, USER, ASSISTANT)
+    assert example == encoded(USER, ASSISTANT)[0]
+    assert dropped == {"with leading turns of the assistant, which answer nothing": 1}
+    assert encoded(ASSISTANT)[0] is None
+
+
+def test_examples_come_back_as_they_went_in():
+    whole = [Example([1, 2, 3], [IGNORED, 2, 3]), Example([], []), Example([4], [4])]
+    examples = Examples(whole)
+    assert list(examples) == whole
+    assert [examples.num_tokens(index) for index in range(3)] == [3, 0, 1]
+    assert examples.num_response_tokens == 3
+    assert list(examples[1:]) == whole[1:]
+    assert examples[-1] == whole[-1]
+
+
+def test_a_share_is_held_out_the_same_way_each_time(tmp_path):
+    turns = [USER | {"content": f"{USER['content']} {number}"} for number in range(40)]
+    file = write(tmp_path / "a.jsonl", *(line(turn, ASSISTANT) for turn in turns))
+    data = load_demonstrations(file, make_tokenizer(), 10_000)
+    kept, held_out = data.split(0.25, seed=1)
+    assert (len(kept), len(held_out)) == (30, 10)
+    key = [tuple(example.input_ids) for example in [*kept, *held_out]]
+    assert sorted(key) == sorted(tuple(example.input_ids) for example in data.examples)
+    assert list(data.split(0.25, seed=1)[1]) == list(held_out)
+    assert list(data.split(0.25, seed=2)[1]) != list(held_out)
+    with pytest.raises(TrainingError, match="none to train on"):
+        data.split(0.999, seed=1)
