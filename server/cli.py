@@ -33,6 +33,10 @@ def main() -> None:
             raise SystemExit(serve(arguments))
         case ["train", *arguments]:
             raise SystemExit(train(arguments))
+        case ["evaluate", *arguments]:
+            raise SystemExit(evaluate(arguments))
+        case ["align", *arguments]:
+            raise SystemExit(align(arguments))
         case ["check", *arguments]:
             raise SystemExit(check(arguments))
     parser = argparse.ArgumentParser(
@@ -47,6 +51,8 @@ def main() -> None:
 COMMANDS = {
     "serve": "serve a model and its value networks over OpenAI's API",
     "train": "train a value network from demonstrations",
+    "evaluate": "measure how well a value network guides a model, offline",
+    "align": "map a value network's vocabulary to another target's",
     "check": "check a value network's folder without loading it",
 }
 
@@ -90,23 +96,70 @@ def train(arguments: list[str]) -> int:
     return training.main(parser.parse_args(arguments))
 
 
+def evaluate(arguments: list[str]) -> int:
+    """`trimtab evaluate`: measure a network of any kind beside a base. Returns the exit code."""
+    from value_models.training import evaluate as evaluation
+
+    parser = argparse.ArgumentParser(
+        prog="trimtab evaluate",
+        description="Read demonstrations along with a value network beside a model, in plain "
+        "PyTorch: for every kind, those included that cannot be served.",
+    )
+    evaluation.add_arguments(parser)
+    return evaluation.main(parser.parse_args(arguments))
+
+
+def align(arguments: list[str]) -> int:
+    """`trimtab align`: map a network's vocabulary to a target's. Returns the exit code."""
+    from value_models.vocabulary import command
+
+    parser = argparse.ArgumentParser(
+        prog="trimtab align",
+        description=command.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    return command.main(parser.parse_args(arguments))
+
+
 def check(arguments: list[str]) -> int:
     """`trimtab check`: say what is in a network's folder, or what is wrong with it."""
     parser = argparse.ArgumentParser(prog="trimtab check", description=COMMANDS["check"])
     parser.add_argument("folder", metavar="DIR")
-    folder = parser.parse_args(arguments).folder
+    parser.add_argument(
+        "--target", metavar="MODEL", help="also say whether it can steer this model"
+    )
+    options = parser.parse_args(arguments)
 
-    from value_models.store import NetworkError, check_network
+    from value_models.manifest import tokenizer_fingerprint
+    from value_models.store import NetworkError, check_fits, check_network
+    from value_models.vocabulary.tokens import VocabularyError, load_tokenizer
 
     try:
-        network = check_network(folder)
-    except NetworkError as error:
+        network = check_network(options.folder)
+        if options.target:
+            target = tokenizer_fingerprint(load_tokenizer(options.target))
+            check_fits(network, target)
+    except (NetworkError, VocabularyError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(
-        f"{network.name}@{network.version}: {network.manifest.kind}, "
-        f"{network.num_parameters:,} parameters, reads {network.max_context} tokens"
-    )
+    own = network.manifest.tokenizer_fingerprint
+    facts = {
+        "kind": network.manifest.kind,
+        "reads": f"{network.max_context:,} tokens",
+        "parameters": f"{network.num_parameters:,}",
+        "weights": f"{network.num_bytes:,} bytes",
+        "KV cache": f"{network.kv_bytes_per_token:,} bytes per token (16-bit)",
+        "fits": f"targets of its own tokenizer, {own[:23]}",
+    }
+    print(f"{network.name}@{network.version}: sound")
+    for name, fact in facts.items():
+        print(f"  {name:<11}{fact}")
+    for fingerprint in network.vocabulary_maps:
+        print(f"  {'':<11}targets of {fingerprint[:23]}, through a map")
+    if options.target:
+        through = "its own tokenizer" if target == own else "a vocabulary map"
+        print(f"  {'target':<11}{options.target} fits, through {through}")
     return 0
 
 

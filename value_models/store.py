@@ -1,7 +1,7 @@
 """The directory of value networks: which there are, and whether each can be trusted to load.
 
-Everything here reads names, headers and JSON only. No tensor is loaded, nothing is unpickled and
-no code from a checkpoint runs, so a folder of unknown origin can be checked safely.
+Everything here reads names, headers, JSON and vocabulary maps. No weight is loaded, nothing is
+unpickled and no code from a checkpoint runs, so a folder of unknown origin can be checked safely.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+CONFIG_KEYS = (
+    "vocab_size",
+    "max_position_embeddings",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SERVABLE_KINDS = ("residual",)
 
@@ -65,6 +74,11 @@ class NetworkFolder:
     """Numbers stored in the checkpoint: tied embeddings count once."""
     num_bytes: int
     """Size of the weight files."""
+    kv_bytes_per_token: int
+    """Keys and values of one token in all layers, 2 bytes a number (float16, bfloat16); 0 for a
+    network without attention."""
+    vocabulary_maps: tuple[str, ...]
+    """Sorted fingerprints of the other tokenizers whose targets it can steer through a map."""
 
 
 def check_network(path: str | Path, name: str | None = None) -> NetworkFolder:
@@ -74,8 +88,8 @@ def check_network(path: str | Path, name: str | None = None) -> NetworkFolder:
 
     Raises:
         NetworkError: a bad name, no folder, no manifest or a bad one, an unreadable or
-            remote-code config, pickled weights, missing, truncated or corrupt safetensors,
-            links out of the folder.
+            remote-code config, pickled weights, missing, truncated or corrupt safetensors or
+            vocabulary maps, links out of the folder.
     """
     folder = Path(path).resolve()
     name = check_name(folder.name if name is None else name)
@@ -112,7 +126,8 @@ def check_fits(
     """Check that a network can steer the target whose tokenizer has this fingerprint.
 
     Raises:
-        NetworkError: it was made for another tokenizer, or is of a kind that cannot be served.
+        NetworkError: it was made for another tokenizer and has no map for this one, or is of a
+            kind that cannot be served.
     """
     subject = f"value network {network.name!r} in {network.path}"
     manifest = network.manifest
@@ -121,11 +136,12 @@ def check_fits(
             f"{subject}: kind {manifest.kind!r} cannot be served yet; "
             f"kinds that can: {', '.join(servable)}"
         )
-    if manifest.tokenizer_fingerprint != target_fingerprint:
+    if target_fingerprint not in (manifest.tokenizer_fingerprint, *network.vocabulary_maps):
         raise NetworkError(
             f"{subject}: made for another tokenizer than the target's "
             f"({manifest.tokenizer_fingerprint[:15]}..., the target's is "
-            f"{target_fingerprint[:15]}...); use a network of the target's family"
+            f"{target_fingerprint[:15]}...); use a network of the target's family, or build a map "
+            f"with `trimtab align --value {network.path} --target TARGET --corpus FILES`"
         )
 
 
@@ -169,14 +185,18 @@ def _inspect(folder: Path, name: str) -> NetworkFolder:
     manifest = _read_manifest(folder)
     config = _read_config(folder)
     weights = _weight_files(folder)
+    vocab_size = _config_size(config, "vocab_size")
+    maps = _read_maps(folder, manifest, vocab_size)
     return NetworkFolder(
         name=name,
         path=folder,
         manifest=manifest,
         num_parameters=sum(_count_parameters(file) for file in weights),
         num_bytes=sum(file.stat().st_size for file in weights),
-        version=_content_version(folder, weights),
-        vocab_size=_config_size(config, "vocab_size"),
+        kv_bytes_per_token=_kv_bytes_per_token(config),
+        vocabulary_maps=tuple(sorted(maps)),
+        version=_content_version(folder, [*weights, *maps.values()]),
+        vocab_size=vocab_size,
         max_context=_config_size(config, "max_position_embeddings"),
     )
 
@@ -236,9 +256,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200]
         raise _Problem(f"{CONFIG_FILE} cannot be used ({reason}); restore the file") from error
     text_config = config.get_text_config()
-    return {
-        key: getattr(text_config, key, None) for key in ("vocab_size", "max_position_embeddings")
-    }
+    return {key: getattr(text_config, key, None) for key in CONFIG_KEYS}
 
 
 def _config_size(config: dict[str, Any], key: str) -> int:
@@ -246,6 +264,48 @@ def _config_size(config: dict[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise _Problem(f"{CONFIG_FILE} has no usable {key} ({value!r}); restore the file")
     return value
+
+
+def _kv_bytes_per_token(config: dict[str, Any]) -> int:
+    heads = config["num_attention_heads"] or 0
+    kv_heads = config["num_key_value_heads"] or heads
+    head_size = config["head_dim"] or (config["hidden_size"] or 0) // max(heads, 1)
+    keys_and_values, bytes_per_number = 2, 2
+    return int(
+        keys_and_values
+        * bytes_per_number
+        * (config["num_hidden_layers"] or 0)
+        * kv_heads
+        * head_size
+    )
+
+
+def _read_maps(folder: Path, manifest: Manifest, vocab_size: int) -> dict[str, Path]:
+    """Check the vocabulary maps; returns their files by target fingerprint."""
+    files = sorted((folder / "vocabulary_maps").glob("*.safetensors"))
+    if not files:
+        return {}
+    # Imported late, as transformers below: it brings torch, and most networks have no map.
+    from value_models.vocabulary.map import VocabularyMap, map_file
+    from value_models.vocabulary.tokens import VocabularyError
+
+    maps = {}
+    for file in files:
+        try:
+            vocabulary_map = VocabularyMap.load(file)
+        except VocabularyError as error:
+            raise _Problem(str(error)) from error
+        if vocabulary_map.value_fingerprint != manifest.tokenizer_fingerprint:
+            raise _Problem(f"{file.name} maps another network's tokenizer; run `trimtab align`")
+        if map_file(folder, vocabulary_map.target_fingerprint) != file:
+            raise _Problem(
+                f"{file.name} is not named for its target; it belongs into "
+                f"{map_file(folder, vocabulary_map.target_fingerprint).name}"
+            )
+        if vocabulary_map.highest_value_id >= vocab_size:
+            raise _Problem(f"{file.name} names ids that the network has no logits for")
+        maps[vocabulary_map.target_fingerprint] = file
+    return maps
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -301,13 +361,13 @@ def _count_parameters(file: Path) -> int:
     return sum(math.prod(shape) for shape in _tensor_shapes(file).values())
 
 
-def _content_version(folder: Path, weights: list[Path]) -> str:
+def _content_version(folder: Path, others: list[Path]) -> str:
     """Hash what decides the network's behaviour; a README beside it changes nothing."""
     fixed = (MANIFEST_FILE, CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES)
-    counting = {folder / name for name in fixed if (folder / name).is_file()} | set(weights)
+    counting = {folder / name for name in fixed if (folder / name).is_file()} | set(others)
     digest = hashlib.sha256()
     for file in sorted(counting):
         with file.open("rb") as content:
             file_digest = hashlib.file_digest(content, "sha256").hexdigest()
-        digest.update(f"{file.name}\0{file_digest}\n".encode())
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file_digest}\n".encode())
     return digest.hexdigest()[:8]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.models import OTHER_TEXT, make_tokenizer
 from tests.server.serving import TARGET, serving, trimtab
 
 GREEDY = {"temperature": 0}
@@ -33,12 +36,47 @@ def test_an_unknown_command_is_refused() -> None:
 
 
 def test_check_describes_a_network_or_says_what_is_wrong(checkpoints: Path) -> None:
-    code, output, _ = run("check", checkpoints / "networks" / "qa")
+    network = checkpoints / "networks" / "qa"
+    code, output, _ = run("check", network)
     assert code == 0
-    assert output.startswith("qa@") and "residual" in output
+    assert output.startswith("qa@") and "sound" in output and "residual" in output
+    assert re.search(r"KV cache +[1-9][0-9,]* bytes per token", output)
+    code, output, _ = run("check", network, "--target", checkpoints / "target")
+    assert code == 0
+    assert "fits, through its own tokenizer" in output
     code, _, errors = run("check", checkpoints / "target")
     assert code == 2
     assert "without a manifest" in errors and len(errors.splitlines()) == 1
+    code, output, errors = run("check", network, "--target", checkpoints / "nothing")
+    assert (code, output) == (2, "")
+    assert "no tokenizer can be loaded" in errors and len(errors.splitlines()) == 1
+
+
+def test_align_lets_a_network_fit_another_tokenizer(checkpoints: Path, tmp_path: Path) -> None:
+    network = tmp_path / "qa"
+    shutil.copytree(checkpoints / "networks" / "qa", network)
+    target, corpus = tmp_path / "target", tmp_path / "corpus.txt"
+    make_tokenizer(OTHER_TEXT).save_pretrained(target)
+    corpus.write_text(OTHER_TEXT)
+    code, _, errors = run("check", network, "--target", target)
+    assert code == 2
+    assert "trimtab align" in errors and len(errors.splitlines()) == 1
+    code, output, _ = run("align", "--value", network, "--target", target, "--corpus", corpus)
+    assert code == 0
+    assert "tokens of equal bytes" in output and "special, paired by meaning" in output
+    code, output, _ = run("check", network, "--target", target)
+    assert code == 0
+    assert "fits, through a vocabulary map" in output
+
+
+def test_align_refuses_what_it_cannot_use_in_one_line(checkpoints: Path, tmp_path: Path) -> None:
+    network = checkpoints / "networks" / "qa"
+    for corpus in (tmp_path, tmp_path / "nothing.txt"):
+        code, output, errors = run(
+            "align", "--value", network, "--target", network, "--corpus", corpus
+        )
+        assert (code, output) == (1, "")
+        assert str(corpus) in errors and len(errors.splitlines()) == 1
 
 
 def test_a_bad_network_is_refused_in_one_line(checkpoints: Path) -> None:

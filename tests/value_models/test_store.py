@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -7,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models import make_network, make_tokenizer
+from tests.models import OTHER_TEXT, make_network, make_tokenizer
 from value_models.manifest import MANIFEST_FILE, tokenizer_fingerprint
 from value_models.store import NetworkError, Store, check_fits, check_network
+from value_models.vocabulary.align import align_vocabularies
+from value_models.vocabulary.tokens import Vocabulary
 
 WEIGHTS = "model.safetensors"
 
@@ -48,6 +51,8 @@ def test_a_sound_network_is_described(folder):
     assert network.max_context == 512
     assert network.num_parameters == sum(tensor.numel() for tensor in tensors.values())
     assert network.num_bytes == (folder / WEIGHTS).stat().st_size
+    assert network.kv_bytes_per_token == 2 * 2 * 2 * 1 * 32  # numbers, bytes, layers, heads, size
+    assert network.vocabulary_maps == ()
 
 
 def test_the_version_follows_the_content_and_nothing_else(folder, tmp_path):
@@ -274,8 +279,76 @@ def test_an_index_that_leads_out_of_the_folder(folder):
 def test_another_tokenizer_does_not_fit(folder):
     network = check_network(folder)
     check_fits(network, tokenizer_fingerprint(make_tokenizer()))
+    with pytest.raises(NetworkError, match=r"another tokenizer .* `trimtab align --value"):
+        check_fits(network, "sha256:" + "0" * 64)
+
+
+def add_map(folder: Path, **changes) -> Path:
+    """Put a map to targets of another tokenizer into the folder; returns its file."""
+    network = Vocabulary.of(make_tokenizer())
+    target = Vocabulary.of(make_tokenizer(OTHER_TEXT))
+    built = align_vocabularies(network, target, [OTHER_TEXT])
+    return dataclasses.replace(built, **changes).save(folder)
+
+
+def test_a_map_makes_another_tokenizer_fit(folder):
+    plain = check_network(folder)
+    target = tokenizer_fingerprint(make_tokenizer(OTHER_TEXT))
+    file = add_map(folder)
+    network = check_network(folder)
+    assert network.vocabulary_maps == (target,)
+    check_fits(network, target)
+    check_fits(network, network.manifest.tokenizer_fingerprint)
     with pytest.raises(NetworkError, match="another tokenizer"):
         check_fits(network, "sha256:" + "0" * 64)
+    assert network.num_parameters == plain.num_parameters
+    assert network.version != plain.version
+    file.unlink()
+    assert check_network(folder).version == plain.version
+
+
+def test_the_version_follows_the_maps(folder):
+    add_map(folder)
+    version = check_network(folder).version
+    add_map(folder, report={})
+    assert check_network(folder).version != version
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_a_truncated_map(folder, kept):
+    file = add_map(folder)
+    file.write_bytes(file.read_bytes()[:kept])
+    line = refusal(folder)
+    assert file.name in line and "trimtab align" in line
+
+
+def test_a_map_of_another_network(folder):
+    add_map(folder, value_fingerprint="sha256:" + "0" * 64)
+    assert "another network's tokenizer" in refusal(folder)
+
+
+def test_a_map_under_another_name(folder):
+    file = add_map(folder)
+    file.rename(file.with_name("a.safetensors"))
+    assert "not named for its target" in refusal(folder)
+
+
+def test_a_map_to_more_than_the_network_has_logits_for(folder):
+    edit_json(folder / "config.json", vocab_size=300)
+    add_map(folder)
+    assert "no logits for" in refusal(folder)
+
+
+def test_a_pickled_map(folder):
+    file = add_map(folder)
+    file.with_suffix(".pt").write_bytes(b"\x80\x04.")
+    assert "looks like pickled" in refusal(folder)
+
+
+def test_a_map_that_leads_out_of_the_folder(folder, tmp_path):
+    file = add_map(folder)
+    file.symlink_to(file.rename(tmp_path / "outside.safetensors"))
+    assert "link out of the folder" in refusal(folder)
 
 
 def test_a_kind_that_cannot_be_served_does_not_fit(folder):

@@ -1,0 +1,1 @@
+"""Networks that read another vocabulary: tokens as bytes, maps between them, and retokenizing."""
