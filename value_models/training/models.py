@@ -59,10 +59,12 @@ def load_network(settings: Settings) -> PreTrainedModel:
     start = settings.start or settings.base
     if settings.from_scratch:
         set_seed(settings.seed)
-        shape = _load(AutoConfig, start)
+        shape = load_pretrained(AutoConfig, start)
         network = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     else:
-        network = _load(AutoModelForCausalLM, start, dtype=torch.float32, use_safetensors=True)
+        network = load_pretrained(
+            AutoModelForCausalLM, start, dtype=torch.float32, use_safetensors=True
+        )
     return network
 
 
@@ -80,7 +82,7 @@ def load_base(settings: Settings, dtype: torch.dtype, device: torch.device) -> P
         if not torch.cuda.is_available():
             raise TrainingError("--base-device-map spreads the base over GPUs; there are none here")
         options["device_map"] = settings.base_device_map
-    base = _load(AutoModelForCausalLM, settings.base, **options)
+    base = load_pretrained(AutoModelForCausalLM, settings.base, **options)
     if "device_map" not in options:
         base.to(device)
     return base.eval().requires_grad_(False)
@@ -142,7 +144,8 @@ def _quantization(bits: str, dtype: torch.dtype) -> Any:
     )
 
 
-def _load(factory: Any, model: str, **options: Any) -> Any:
+def load_pretrained(factory: Any, model: str, **options: Any) -> Any:
+    """`factory.from_pretrained`, with what goes wrong as a `TrainingError`, and no remote code."""
     try:
         return factory.from_pretrained(model, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
