@@ -25,9 +25,11 @@ class Network(BaseModel):
     scale: float
     """The factor on its logits where a request names none."""
     vocab_size: int
-    """Token ids below this are those that it knows."""
+    """Its own token ids are below this."""
+    mapped: bool
+    """Whether it has another vocabulary than the target, and reads through a map."""
     max_context: int
-    """The longest sequence it reads, prompt and output together, in tokens."""
+    """The longest sequence it reads, prompt and output together, in tokens of its own."""
     num_parameters: int
     kind: str
 

@@ -22,6 +22,8 @@ from pydantic import BaseModel
 from server.settings import Settings
 from value_models.manifest import tokenizer_fingerprint
 from value_models.store import NetworkError, NetworkFolder, Store, check_fits, check_network
+from value_models.vocabulary.reading import Reader
+from value_models.vocabulary.tokens import VocabularyError, load_tokenizer
 
 MODULE = "server.launch"
 REPORT_FD = "TRIMTAB_REPORT_FD"
@@ -153,16 +155,16 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
     notes = _settle_compilation(args)
     networks = _check_networks(args)
     _refuse_taken_names(args, networks)
+    tokenizer = _target_tokenizer(args)
     settings = Settings(
         networks={network.name: network.path for network in networks},
         key=token_hex(32),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         value_cache_gb=args.value_cache_gb,
         max_body_bytes=int(args.max_body_mb * 2**20),
     )
-    tokenizer = _target_tokenizer(args)
-    fingerprint = tokenizer_fingerprint(tokenizer)
     for network in networks:
-        check_fits(network, fingerprint)
+        _check_fits(network, settings.tokenizer_fingerprint)
     settings.export()
     # Guidance first: the user's own processors then see guided logits as the model's.
     args.logits_processors = [LOGITS_PROCESSOR, *(args.logits_processors or [])]
@@ -288,6 +290,21 @@ def _check_networks(args: Namespace) -> list[NetworkFolder]:
     return networks
 
 
+def _check_fits(network: NetworkFolder, target_fingerprint: str) -> None:
+    """Raise `NetworkError` or `LaunchError` if a network cannot steer this target."""
+    check_fits(network, target_fingerprint)
+    if _is_mapped(network, target_fingerprint):
+        try:
+            Reader.load(network.path, target_fingerprint)
+        except VocabularyError as error:
+            raise LaunchError(f"value network {network.name!r}: {error}") from error
+
+
+def _is_mapped(network: NetworkFolder, target_fingerprint: str) -> bool:
+    """Whether a network has another vocabulary than the target."""
+    return network.manifest.tokenizer_fingerprint != target_fingerprint
+
+
 def _refuse_taken_names(args: Namespace, networks: list[NetworkFolder]) -> None:
     taken = {name: "the target's" for name in args.served_model_name or [args.model]}
     taken |= {module.name: "a LoRA adapter's" for module in args.lora_modules or []}
@@ -301,18 +318,12 @@ def _refuse_taken_names(args: Namespace, networks: list[NetworkFolder]) -> None:
 
 
 def _target_tokenizer(args: Namespace) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(
-            args.tokenizer or args.model,
-            revision=args.tokenizer_revision or args.revision,
-            trust_remote_code=False,
+        return load_tokenizer(
+            args.tokenizer or args.model, args.tokenizer_revision or args.revision
         )
-    except Exception as error:  # each tokenizer class fails in its own way
-        raise LaunchError(
-            f"the tokenizer of {args.tokenizer or args.model} cannot be read: {str(error)[:300]}"
-        ) from error
+    except VocabularyError as error:
+        raise LaunchError(f"the target's tokenizer: {error}") from error
 
 
 def _describe(
@@ -334,15 +345,21 @@ def _describe(
         key=settings.key,
         target=target,
         networks={
-            network.name: f"{network.name}@{network.version}, {network.manifest.kind}, "
-            f"{network.num_parameters:,} parameters"
-            for network in networks
+            network.name: _line(network, settings.tokenizer_fingerprint) for network in networks
         },
         chats=chats,
         example_model=example_model,
         example=example or EXAMPLE,
         shutdown_timeout=args.shutdown_timeout,
         notes=notes,
+    )
+
+
+def _line(network: NetworkFolder, target_fingerprint: str) -> str:
+    return (
+        f"{network.name}@{network.version}, {network.manifest.kind}, "
+        f"{network.num_parameters:,} parameters"
+        f"{', through a vocabulary map' if _is_mapped(network, target_fingerprint) else ''}"
     )
 
 

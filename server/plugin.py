@@ -25,6 +25,7 @@ from server.api.errors import ApiError, respond
 from server.api.generation import CURRENT, GenerationDoor
 from server.api.middleware import RequestGate, Traffic
 from server.api.routes import GUIDED_PATHS, Service, take_over
+from server.api.vocabularies import Vocabularies
 from server.catalog import Catalog
 from server.failure_token import choose_failure_token
 from server.settings import Settings, cut_off_marker
@@ -77,12 +78,14 @@ class ValueGuidanceEndpoints:
         door = GenerationDoor(
             engine_client.generate,
             catalog,
+            Vocabularies(self._settings),
             self._settings.key,
             engine_client.model_config.max_model_len,
             GenerationError,
         )
         engine_client.generate = door.generate
         self._drain_before_shutdown(engine_client, state)
+        _admit_prompts(engine_client, door)
         _check_before_streaming(state, door)
         _answer_to_networks_names(state)
         names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
@@ -124,6 +127,19 @@ class ValueGuidanceEndpoints:
     def _connected(self) -> Service:
         assert self._service is not None  # vLLM serves only after init_state
         return self._service
+
+
+def _admit_prompts(engine_client: EngineClient, door: GenerationDoor) -> None:
+    """Let the door see each prompt while its handler can still wait: long ones take time."""
+    renderer = engine_client.renderer
+    process = renderer.process_for_engine_async
+
+    async def process_for_engine_async(*args: Any, **kwargs: Any) -> Any:
+        engine_input = await process(*args, **kwargs)
+        await door.admit(engine_input)
+        return engine_input
+
+    renderer.process_for_engine_async = process_for_engine_async
 
 
 def _check_before_streaming(state: State, door: GenerationDoor) -> None:

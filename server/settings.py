@@ -22,6 +22,7 @@ class Settings(BaseModel):
 
     networks: dict[str, Path] = Field(description="name -> folder of each value network to load")
     key: str = Field(description="signs choices; see server.choice", repr=False)
+    tokenizer_fingerprint: str = Field(description="of the target's tokenizer")
     value_cache_gb: float = Field(
         default=1.0, gt=0, description="GiB of KV cache for all value networks of a worker"
     )

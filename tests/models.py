@@ -10,7 +10,16 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 TEXT = """\
@@ -35,6 +44,11 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+CHATML_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|pad|>"]
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
@@ -62,6 +76,70 @@ def make_tokenizer(text: str = TEXT, size: int = 512) -> PreTrainedTokenizerFast
         eos_token="<|eos|>",
         pad_token="<|pad|>",
         chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@functools.cache
+def make_sentencepiece_tokenizer(
+    text: str = TEXT, size: int = 480, dummy_space: str = "first"
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of the other family: BPE as SentencePiece has it, with byte fallback.
+
+    Of characters only the 60 most frequent have tokens; the others are spelled in bytes. Its chat
+    template is ChatML.
+
+    Args:
+        dummy_space: where it puts a space of its own: at the start of the "first" run of text, or
+            of "each".
+    """
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    special_tokens = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trained.train_from_iterator(
+        text.splitlines(),
+        trainers.BpeTrainer(
+            vocab_size=size - len(special_tokens) - len(byte_tokens),
+            limit_alphabet=60,
+            show_progress=False,
+        ),
+    )
+    learned = json.loads(trained.to_str())["model"]
+    tokens = [*special_tokens, *byte_tokens, *learned["vocab"]]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {token: token_id for token_id, token in enumerate(tokens)},
+            [tuple(merge) for merge in learned["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    if dummy_space == "first":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special_tokens])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        chat_template=CHATML_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 
@@ -143,6 +221,22 @@ def make_network(
         "training": {},
     }
     (path / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
+    return path
+
+
+def make_mapped_network(
+    path: str | Path, target: PreTrainedTokenizerFast, **network: object
+) -> Path:
+    """Write a random value network to `path` that steers targets of the tokenizer `target`.
+
+    Takes what `make_network` does; its `tokenizer` is another one than the target's.
+    """
+    from value_models.vocabulary.align import align_vocabularies
+    from value_models.vocabulary.tokens import Vocabulary
+
+    path = make_network(path, **network)
+    own = Vocabulary.of(network.get("tokenizer") or make_tokenizer())
+    align_vocabularies(own, Vocabulary.of(target), TEXT.splitlines()).save(path)
     return path
 
 

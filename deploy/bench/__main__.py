@@ -12,11 +12,11 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from deploy.bench import report
+from deploy.bench import report, retokenization
 from deploy.bench.baseline import Baseline
 from deploy.bench.checkpoints import Checkpoints, make_checkpoints
 from deploy.bench.engine import Engine, Prompts
-from deploy.bench.report import CACHED, GUIDED, PLAIN, UNCACHED, UNGUIDED, Measurements
+from deploy.bench.report import CACHED, GUIDED, MAPPED, PLAIN, UNCACHED, UNGUIDED, Measurements
 
 PROMPT_TOKENS = 32
 
@@ -31,6 +31,8 @@ def main() -> None:
         checkpoints = make_checkpoints(Path(folder), arguments.dtype)
         measured, same_tokens = measure_engines(checkpoints, arguments, Path(folder))
         measured |= measure_transformers(checkpoints, arguments)
+    say("retokenization: aligning two real vocabularies")
+    retokenized = retokenization.measure()
     found = {
         "command": shlex.join(["python", "-m", "deploy.bench", *sys.argv[1:]]),
         "machine": report.describe_machine(),
@@ -53,6 +55,7 @@ def main() -> None:
         **report.summarise(
             measured, 1 + checkpoints.network_parameters / checkpoints.target_parameters
         ),
+        "retokenization": retokenized,
     }
     report.show(found)
     if arguments.out:
@@ -85,7 +88,12 @@ def measure_engines(
     with Engine(checkpoints.target, {}, folder / "plain.log") as plain:
         say("starting vLLM with trimtab")
         with Engine(checkpoints.target, checkpoints.networks, folder / "trimtab.log") as trimtab:
-            turns = [(PLAIN, plain, None), (UNGUIDED, trimtab, None), (GUIDED, trimtab, "guiding")]
+            turns = [
+                (PLAIN, plain, None),
+                (UNGUIDED, trimtab, None),
+                (GUIDED, trimtab, "guiding"),
+                (MAPPED, trimtab, "mapped"),
+            ]
             for round_number in range(arguments.rounds + 1):  # the first one warms up
                 for batch_size in arguments.batch_sizes:
                     prompts = make_prompts(batch_size, seed=round_number)
@@ -94,7 +102,7 @@ def measure_engines(
                         for name, engine, network in turns
                     }
                     same_tokens &= runs[UNGUIDED].tokens == runs[PLAIN].tokens
-                    if runs[GUIDED].tokens == runs[PLAIN].tokens:
+                    if runs[PLAIN].tokens in (runs[GUIDED].tokens, runs[MAPPED].tokens):
                         sys.exit("The guided requests were not guided.")
                     if round_number:
                         for name, run in runs.items():

@@ -6,13 +6,22 @@ from typing import NamedTuple
 
 from safetensors import safe_open
 
-from tests.models import make_model, make_network
+from tests.models import (
+    make_mapped_network,
+    make_model,
+    make_network,
+    make_sentencepiece_tokenizer,
+    make_tokenizer,
+)
 
 VOCAB_SIZE = 8192
 
 
 class Checkpoints(NamedTuple):
-    """A target and the networks beside it: one that guides, one that is just resident."""
+    """A target and the networks beside it.
+
+    One guides, one ("mapped") does so from another vocabulary, one is just resident.
+    """
 
     target: Path
     networks: dict[str, Path]
@@ -22,7 +31,7 @@ class Checkpoints(NamedTuple):
 
 
 def make_checkpoints(folder: Path, dtype: str) -> Checkpoints:
-    """Write a target of 105 M parameters and two networks of 5.7 M (5.5 %), all Llama-shaped."""
+    """Write a target of 105 M parameters and three networks of 5.7 M (5.5 %), all Llama-shaped."""
     common = {
         "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": 512,
@@ -38,20 +47,25 @@ def make_checkpoints(folder: Path, dtype: str) -> Checkpoints:
         kv_heads=12,
         **common,
     )
+    small = common | {
+        "hidden_size": 256,
+        "intermediate_size": 832,
+        "layers": 4,
+        "heads": 4,
+        "kv_heads": 4,
+        "tie_word_embeddings": True,
+    }
     networks = {
-        name: make_network(
-            folder / name,
-            hidden_size=256,
-            intermediate_size=832,
-            layers=4,
-            heads=4,
-            kv_heads=4,
-            tie_word_embeddings=True,
-            seed=seed,
-            **common,
-        )
+        name: make_network(folder / name, seed=seed, **small)
         for seed, name in enumerate(("guiding", "resident"), start=1)
     }
+    networks["mapped"] = make_mapped_network(
+        folder / "mapped",
+        make_tokenizer(),
+        tokenizer=make_sentencepiece_tokenizer(),
+        seed=3,
+        **small,
+    )
     return Checkpoints(
         target, networks, _parameters(target), _parameters(networks["guiding"]), VOCAB_SIZE
     )

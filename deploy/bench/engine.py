@@ -13,8 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerFast
+
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal
 from server.settings import Settings
+from value_models.manifest import tokenizer_fingerprint
 from value_models.store import check_network
 
 Prompts = list[list[int]]
@@ -92,7 +95,8 @@ def _run(pipe: Connection, target: Path, networks: dict[str, Path], log: Path) -
     if networks:
         from server.plugin import LOGITS_PROCESSOR, WORKER_EXTENSION
 
-        Settings(networks=networks, key=key).export()
+        fingerprint = tokenizer_fingerprint(PreTrainedTokenizerFast.from_pretrained(target))
+        Settings(networks=networks, key=key, tokenizer_fingerprint=fingerprint).export()
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `trimtab serve` does
         plug_points = {
             "logits_processors": [LOGITS_PROCESSOR],

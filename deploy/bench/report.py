@@ -15,9 +15,10 @@ from rich.table import Table
 PLAIN = "vLLM plain"
 UNGUIDED = "trimtab unguided, networks resident"
 GUIDED = "trimtab guided"
+MAPPED = "trimtab guided, another vocabulary"
 CACHED = "transformers, KV caches"
 UNCACHED = "transformers, no caches"
-CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED, CACHED, UNCACHED)
+CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED, MAPPED, CACHED, UNCACHED)
 
 Measurements = dict[str, dict[int, list[float]]]
 """configuration -> batch size -> tokens per second of each round"""
@@ -31,14 +32,15 @@ def summarise(measured: Measurements, limit: float) -> dict[str, Any]:
     """
     ratios = []
     for batch_size, plain in measured[PLAIN].items():
-        guided, unguided = (
+        guided, mapped, unguided = (
             statistics.median(a / b for a, b in zip(plain, measured[name][batch_size], strict=True))
-            for name in (GUIDED, UNGUIDED)
+            for name in (GUIDED, MAPPED, UNGUIDED)
         )
         ratios.append(
             {
                 "batch_size": batch_size,
                 "guided_overhead": round(guided, 4),
+                "mapped_overhead": round(mapped, 4),
                 "unguided_overhead": round(unguided, 4),
                 "limit": round(limit, 4),
                 "overhead_efficiency": round((guided - 1) / (limit - 1), 2),
@@ -106,7 +108,7 @@ def show(report: dict[str, Any]) -> None:
 
     table = Table(title=f"Time against {PLAIN}, median of {report['settings']['rounds']} rounds")
     table.add_column("batch", justify="right")
-    for column in ("guided", "limit", "overhead efficiency", "unguided"):
+    for column in ("guided", "limit", "overhead efficiency", "another vocabulary", "unguided"):
         table.add_column(column, justify="right")
     for row in report["ratios"]:
         table.add_row(
@@ -114,6 +116,19 @@ def show(report: dict[str, Any]) -> None:
             f"{row['guided_overhead']:.3f}",
             f"{row['limit']:.3f}",
             f"{row['overhead_efficiency']:.2f}",
+            f"{row['mapped_overhead']:.3f}",
             f"{row['unguided_overhead']:.3f}",
         )
+    console.print(table)
+
+    table = Table(
+        title="Reading a target's text in a network's tokens, microseconds a row and step"
+    )
+    for column in ("network", "target"):
+        table.add_column(column)
+    for column in ("median", "99th percentile"):
+        table.add_column(column, justify="right")
+    for row in report["retokenization"]:
+        figures = (row["median_microseconds"], row["p99_microseconds"])
+        table.add_row(row["network"], row["target"], *(f"{figure:.0f}" for figure in figures))
     console.print(table)

@@ -4,15 +4,16 @@ vLLM's handlers all call `engine_client.generate`, after the prompt is tokenized
 response has begun. What the route knows and they do not carry along travels in `CURRENT`.
 """
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from server.api.errors import ApiError, bad_request
 from server.api.selection import failure_message
-from server.catalog import Catalog, WorkerError
+from server.api.vocabularies import Vocabularies
+from server.catalog import Catalog, Network, UnknownNetwork, WorkerError
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, unseal
 
 
@@ -30,6 +31,8 @@ class GuidedRequest:
     """What the endpoint calls that limit."""
     error: Exception | None = None
     """Why generation ended, for a stream that lost it."""
+    admitted: list[Any] = field(default_factory=list)
+    """Prompts that its networks of another vocabulary can read."""
 
 
 CURRENT: ContextVar[GuidedRequest | None] = ContextVar("guided_request", default=None)
@@ -44,6 +47,7 @@ class GenerationDoor:
         self,
         generate: Generate,
         catalog: Catalog,
+        vocabularies: Vocabularies,
         key: str,
         max_model_len: int,
         failed: Callable[[str], Exception],
@@ -51,6 +55,7 @@ class GenerationDoor:
         """`failed` makes the exception that vLLM's handlers report as an internal error."""
         self._generate = generate
         self._catalog = catalog
+        self._vocabularies = vocabularies
         self._key = key
         self._max_model_len = max_model_len
         self._failed = failed
@@ -100,61 +105,124 @@ class GenerationDoor:
         if request is not None and request.networks:
             self._room(request, prompt)
 
+    async def admit(self, prompt: Any) -> None:
+        """Check the prompt of the current request against networks of another vocabulary.
+
+        `generate` would do it too, but it cannot leave the event loop for a long prompt.
+
+        Raises:
+            ApiError: the prompt is longer than a network reads.
+        """
+        request = CURRENT.get()
+        if request is None:
+            return
+        for network in self._networks(request.networks):
+            if network.mapped:
+                length = await self._vocabularies.count_in_background(
+                    network.name, _token_ids(prompt)
+                )
+                _refuse_long(network, length)
+        request.admitted.append(prompt)
+
+    def _networks(self, chosen: Iterable[ChosenNetwork]) -> list[Network]:
+        return [self._catalog.find(str(network)) for network in chosen]
+
     def _room(self, request: GuidedRequest, prompt: Any) -> int:
-        """Return how many tokens the networks can read after `prompt`, if that is enough."""
-        token_ids = prompt.get("prompt_token_ids")
-        if token_ids is None or prompt.get("type", "token") != "token":
-            raise bad_request(
-                "a prompt of embeddings, images or sound cannot be guided: value networks read "
-                "tokens; leave out the value networks, or send text"
-            )
+        """Return how many tokens the networks can read after `prompt`, if that is enough.
+
+        How many tokens an answer takes in another vocabulary shows as it is made: networks that
+        have one leave as much room as the target does.
+        """
+        token_ids = _token_ids(prompt)
         length = len(token_ids)
-        network = min(
-            (self._catalog.find(str(chosen)) for chosen in request.networks),
-            key=lambda network: network.max_context,
-        )
-        room = network.max_context - length
         # vLLM itself shortens what does not fit the target, so only that much is really asked for.
-        asked = min(request.max_tokens or 1, self._max_model_len - length)
-        if asked > room:
-            raise bad_request(
-                f"value network {network} reads at most {network.max_context} tokens, but this "
-                f"request has {length} in the prompt and asks for {asked} more, "
-                f"{length + asked} in all; shorten the prompt or lower {request.limit_name}",
-                request.limit_name,
-            )
+        room = self._max_model_len - length
+        asked = min(request.max_tokens or 1, room)
+        for network in self._networks(request.networks):
+            if network.mapped:
+                if not any(prompt is admitted for admitted in request.admitted):
+                    _refuse_long(network, self._vocabularies.count(network.name, token_ids))
+                continue
+            if asked > network.max_context - length:
+                raise bad_request(
+                    f"value network {network} reads at most {network.max_context} tokens, but this "
+                    f"request has {length} in the prompt and asks for {asked} more, "
+                    f"{length + asked} in all; shorten the prompt or lower {request.limit_name}",
+                    request.limit_name,
+                )
+            room = min(room, network.max_context - length)
         return room
 
     def _refuse_empty_choice(self, choice: Choice, allowed: list[int] | None) -> None:
         """Refuse `allowed_token_ids` of which guidance leaves none: the sampler would emit id 0."""
         if allowed is None:
             return
-        known = min(self._catalog.find(chosen.name).vocab_size for chosen in choice.networks)
-        if not any(token < known and token != choice.failure_token_id for token in allowed):
+        networks = self._networks(choice.networks)
+        if not any(
+            token != choice.failure_token_id
+            and all(self._scores(network, token) for network in networks)
+            for token in allowed
+        ):
             raise bad_request(
-                "allowed_token_ids names no token that the value network can score; "
-                f"its ids are below {known}",
+                "allowed_token_ids names no token that the value network can score",
                 "allowed_token_ids",
             )
+
+    def _scores(self, network: Network, token_id: int) -> bool:
+        if network.mapped:
+            return self._vocabularies.scores(network.name, token_id)
+        return token_id < network.vocab_size
 
     async def _watch(
         self, outputs: AsyncGenerator[Any, None], choice: Choice, request: GuidedRequest
     ) -> AsyncGenerator[Any, None]:
         async with aclosing(outputs):
             async for output in outputs:
-                if any(done.stop_reason == choice.failure_token_id for done in output.outputs):
-                    request.error = self._failed(await self._reason(choice))
+                ended = [o for o in output.outputs if o.stop_reason == choice.failure_token_id]
+                if ended and (failure := await self._failure(choice)) is not None:
+                    request.error = self._failed(failure)
                     raise request.error
+                for completion in ended:
+                    _end_at_length(completion)
                 yield output
 
-    async def _reason(self, choice: Choice) -> str:
+    async def _failure(self, choice: Choice) -> str | None:
+        """Say why the networks have ended a request, or None if one has read all that it can."""
         names = ", ".join(map(str, choice.networks))
         try:
             await self._catalog.refresh()
-        except WorkerError as error:
+            networks = self._networks(choice.networks)
+        except (WorkerError, UnknownNetwork) as error:
             return f"value network {names} has failed; its reason cannot be had ({error})"
-        networks = [self._catalog.find(chosen.name) for chosen in choice.networks]
         failed = [network for network in networks if network.state == "failed"]
+        if not failed and any(network.mapped for network in networks):
+            return None
         if not failed:
             return f"value network {names} has failed for this request"
         return "; ".join(map(failure_message, failed))
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    token_ids = prompt.get("prompt_token_ids")
+    if token_ids is None or prompt.get("type", "token") != "token":
+        raise bad_request(
+            "a prompt of embeddings, images or sound cannot be guided: value networks read "
+            "tokens; leave out the value networks, or send text"
+        )
+    return list(token_ids)
+
+
+def _refuse_long(network: Network, length: int) -> None:
+    if length > network.max_context:
+        raise bad_request(
+            f"value network {network} reads at most {network.max_context} tokens, but this prompt "
+            f"has {length} in that network's own vocabulary; shorten the prompt"
+        )
+
+
+def _end_at_length(completion: Any) -> None:
+    """Have a completion end where its network could read no more, without the failure token."""
+    completion.token_ids = completion.token_ids[:-1]
+    if completion.logprobs is not None:
+        completion.logprobs = completion.logprobs[:-1]
+    completion.finish_reason, completion.stop_reason = "length", None

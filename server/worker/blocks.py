@@ -139,6 +139,7 @@ class BlockTable:
         block_ids: int32 `[max_rows, max_blocks]`.
         requests: vLLM's record of each slot that owns blocks.
         drops: sequences that lost their blocks to others and had to be recomputed.
+        prefix_hits: tokens that sequences began with, found in the prefix cache.
         held: slots that take part in the forward being put together, safe from `drop`.
     """
 
@@ -150,24 +151,32 @@ class BlockTable:
         self.block_ids = np.zeros((max_rows, max_blocks), dtype=np.int32)
         self.requests: dict[int, Request] = {}
         self.held: set[int] = set()
-        self.drops = 0
+        self.drops = self.prefix_hits = 0
         self._pool = pool
         self._salt = salt
         self._opened = 0
 
-    def open(self, slot: int, tokens: TokensOf, length: int) -> None:
-        """Start a slot's sequence: `computed` becomes what the prefix cache already holds."""
+    def open(self, slot: int, tokens: TokensOf, num_stable: int) -> None:
+        """Start a slot's sequence: `computed` becomes what the prefix cache already holds.
+
+        Args:
+            slot: not open yet.
+            tokens: of the sequence.
+            num_stable: how many leading tokens will never change; the others are not looked up.
+        """
         self._opened += 1
         request = Request(
             request_id=f"{self._salt}/{self._opened}",
-            prompt_token_ids=tokens(0, length),
+            prompt_token_ids=tokens(0, num_stable),
             sampling_params=SamplingParams(max_tokens=1),
             pooling_params=None,
             cache_salt=self._salt,
             block_hasher=self._pool._hasher,
         )
         manager = self._pool._manager
-        blocks, num_cached, _ = manager.get_computed_blocks(request)
+        num_cached = 0
+        if request.num_tokens:  # vLLM's lookup wants at least one
+            blocks, num_cached, _ = manager.get_computed_blocks(request)
         if num_cached:
             # Adopting the hit pins its blocks; the rest is allocated as the forward needs it.
             manager.allocate_slots(
@@ -178,23 +187,28 @@ class BlockTable:
             )
         self.requests[slot] = request
         self.computed[slot] = num_cached
+        self.prefix_hits += num_cached
         self.last_used[slot] = self._pool.now
         self._refresh(slot)
 
-    def reserve(self, slot: int, tokens: TokensOf, length: int) -> bool:
+    def reserve(self, slot: int, tokens: TokensOf, length: int, num_stable: int) -> bool:
         """Make room for the first `length` tokens of an open slot, dropping others where needed.
 
         vLLM publishes the blocks that these tokens fill to the prefix cache right away: the caller
-        computes exactly these tokens in its next forward.
+        computes exactly these tokens in its next forward. It publishes no further than it has been
+        told of tokens, so it is told of the first `num_stable` only: a block that may be written
+        again is nobody else's.
 
         Returns:
             False when the pool is full of held sequences.
         """
+        if length <= self.capacity[slot]:
+            return True
         request = self.requests[slot]
         request.num_computed_tokens = int(self.computed[slot])
         known = request.num_tokens
-        if known < length:
-            request.append_output_token_ids(tokens(known, length))
+        if known < num_stable:
+            request.append_output_token_ids(tokens(known, num_stable))
         num_new = length - request.num_computed_tokens
         while (blocks := self._pool._manager.allocate_slots(request, num_new)) is None:
             if not self._pool.drop_least_recently_used():
@@ -203,6 +217,16 @@ class BlockTable:
             self._pool.clear(blocks.get_block_ids()[0])
         self._refresh(slot)
         return True
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Forget what is computed behind the first `length` tokens; the slot keeps its blocks.
+
+        Tokens that were passed as stable must not have changed, unless `length` is 0.
+        """
+        if length:
+            self.computed[slot] = min(self.computed[slot], length)
+        else:
+            self.release(slot)
 
     def release(self, slot: int) -> None:
         """Free a slot's blocks; full ones stay in the prefix cache until their space is needed."""

@@ -4,7 +4,8 @@ This is the core that vLLM's two model runners share. It knows rows, networks an
 adapters know how a runner announces rows and where it keeps tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from server.settings import Settings
 from server.worker.blocks import BlockPool, KVShape, TokensOf
 from server.worker.compilation import CompiledForwards
 from server.worker.network import Rows, ValueNetwork
+from server.worker.translation import TranslatedRow
 from value_models.combine import add_value_logits
 from value_models.store import check_network
 
@@ -29,11 +31,13 @@ class GuidedRow:
     Attributes:
         slot: names the row's place in every table of the worker, while it is in the batch; the
             adapter gives it one.
+        translations: the row as networks of another vocabulary read it.
     """
 
     def __init__(self, choice: Choice, prompt_ids: list[int], output_ids: list[int]) -> None:
         self.choice = choice
         self.slot: int | None = None
+        self.translations: dict[ValueNetwork, TranslatedRow] = {}
         self._prompt_ids = prompt_ids
         self._output_ids = output_ids  # vLLM's own list, which grows as tokens are sampled
 
@@ -45,6 +49,14 @@ class GuidedRow:
             tokens += self._output_ids[max(0, start - prompt_length) : stop - prompt_length]
         # Asynchronous scheduling holds the place of a token still on the device with -1.
         return tokens[: tokens.index(-1)] if -1 in tokens else tokens
+
+    def translation(self, network: ValueNetwork) -> TranslatedRow | None:
+        """Return the row as `network` reads it, if that is of another vocabulary."""
+        if network.translator is None:
+            return None
+        if network not in self.translations:
+            self.translations[network] = network.translator.follow(self.tokens)
+        return self.translations[network]
 
 
 class Batch(NamedTuple):
@@ -62,14 +74,29 @@ class _Assignment(NamedTuple):
     rows: np.ndarray  # int64 [num_guided]
     slots: np.ndarray  # int64 [num_guided]
     histories: list[TokensOf]
+    translations: list[TranslatedRow]  # [num_guided], or empty where both vocabularies are one
     scales: torch.Tensor  # float32 [num_guided, 1] on the device
+
+    def only(self, chosen: np.ndarray) -> "_Assignment":
+        """Return it without the rows that are not chosen: bool `[num_guided]`."""
+        if chosen.all():
+            return self
+        kept = np.flatnonzero(chosen)
+        return _Assignment(
+            self.network,
+            self.rows[kept],
+            self.slots[kept],
+            [self.histories[i] for i in kept],
+            [self.translations[i] for i in kept] if self.translations else [],
+            self.scales[torch.from_numpy(kept)],
+        )
 
 
 class Guidance:
     """The value networks of a worker, and the rows that chose them.
 
     Attributes:
-        any_failure: whether `failed` may be true of any row.
+        any_ended: whether `ended` may be true of any row.
     """
 
     def __init__(self, vllm_config: VllmConfig, settings: Settings, device: torch.device) -> None:
@@ -81,7 +108,9 @@ class Guidance:
         """
         self._device = device
         networks = [
-            ValueNetwork(check_network(path, name), vllm_config, device)
+            ValueNetwork(
+                check_network(path, name), vllm_config, settings.tokenizer_fingerprint, device
+            )
             for name, path in settings.networks.items()
         ]
         self._networks = {(n.folder.name, n.folder.version): n for n in networks}
@@ -90,7 +119,7 @@ class Guidance:
             zip(networks, _pools(networks, settings, device), strict=True)
         ):
             network.bind(pool, forwards, load_id)
-        self.any_failure = False
+        self.any_ended = False
         self._assignments: list[_Assignment] = []
         self._failure_mask: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -106,8 +135,10 @@ class Guidance:
                 "reason": network.failure,
                 "max_context": network.max_context,
                 "vocab_size": network.folder.vocab_size,
+                "mapped": network.translator is not None,
                 "num_parameters": network.folder.num_parameters,
                 "drops": network.drops,
+                "prefix_hits": network.prefix_hits,
             }
             for network in self._networks.values()
         ]
@@ -123,20 +154,10 @@ class Guidance:
         for index, row in sorted(rows.items()):
             for choice in row.choice.networks:
                 network = self._networks.get((choice.name, choice.version))
-                if network is None:
-                    self.any_failure = True  # `failed` says so for each such row
-                else:
+                if network is not None:
                     chosen.setdefault(network, []).append((index, row, choice.scale))
-        self._assignments = [
-            _Assignment(
-                network,
-                np.array([index for index, _, _ in members]),
-                np.array([row.slot for _, row, _ in members]),
-                [row.tokens for _, row, _ in members],
-                torch.tensor([[scale] for _, _, scale in members], device=self._device),
-            )
-            for network, members in chosen.items()
-        ]
+        self.any_ended = any(map(self.ended, rows.values()))
+        self._assignments = [self._assign(network, members) for network, members in chosen.items()]
         self._failure_mask = (
             torch.tensor(list(rows), dtype=torch.int64, device=self._device),
             torch.tensor(
@@ -159,54 +180,112 @@ class Guidance:
             float32 `[num_rows, vocab_size]`; rows without guidance are exactly the target's.
         """
         logits = logits.to(torch.float32)
+        newest = cache(batch.last_tokens.tolist)  # waits for the device: once, and only if asked
         for assignment in self._assignments:
             if assignment.network.failure is None:
-                self._guide(logits, assignment, batch)
+                self._guide(logits, assignment, batch, newest)
         if self._failure_mask is not None:
             logits.index_put_(self._failure_mask, logits.new_tensor(float("-inf")))
         return logits
 
-    def failed(self, row: GuidedRow) -> bool:
-        """Whether a network that this row chose has failed, or is not resident at all."""
+    def ended(self, row: GuidedRow) -> bool:
+        """Whether a row cannot go on.
+
+        A network that it chose has failed, is not resident at all, or cannot read so much.
+        """
         networks = [self._networks.get((c.name, c.version)) for c in row.choice.networks]
-        return any(network is None or network.failure is not None for network in networks)
+        return any(network is None or network.failure is not None for network in networks) or any(
+            translation.outgrown for translation in row.translations.values()
+        )
 
     def fail(self, reason: str, *networks: ValueNetwork) -> None:
         """Mark networks as failed; without any, all of them: the step itself is broken."""
-        self.any_failure = True
+        self.any_ended = True
         for network in networks or self._networks.values():
             network.fail(reason)
             logger.error("value network %s failed: %s", network, reason)
 
-    def _guide(self, logits: torch.Tensor, assignment: _Assignment, batch: Batch) -> None:
-        network, indices, slots, histories, scales = assignment
-        sampled = batch.sampled[indices]
-        if not sampled.all():
-            kept = np.flatnonzero(sampled)
-            if not len(kept):
-                return
-            indices, slots, scales = indices[kept], slots[kept], scales[torch.from_numpy(kept)]
-            histories = [histories[i] for i in kept]
-        everything = len(indices) == len(batch.lengths)
-        rows = None if everything else torch.from_numpy(indices).to(self._device)
+    def _assign(
+        self, network: ValueNetwork, members: list[tuple[int, GuidedRow, float]]
+    ) -> _Assignment:
+        rows = [row for _, row, _ in members]
+        translations = [t for row in rows if (t := row.translation(network)) is not None]
+        return _Assignment(
+            network,
+            np.array([index for index, _, _ in members]),
+            np.array([row.slot for row in rows]),
+            [history.tokens for history in translations or rows],
+            translations,
+            torch.tensor([[scale] for _, _, scale in members], device=self._device),
+        )
+
+    def _guide(
+        self,
+        logits: torch.Tensor,
+        assignment: _Assignment,
+        batch: Batch,
+        newest: Callable[[], list[int]],
+    ) -> None:
+        network = assignment.network
+        columns = None
         try:
-            value = network.score(
-                Rows(
-                    slots,
-                    batch.lengths[indices],
-                    batch.last_tokens if everything else batch.last_tokens[rows],
-                    histories,
-                )
-            )
-        except Exception as error:  # whatever it is, it must not reach the engine
-            logger.exception("value network %s: its forward threw", network)
-            self.fail(f"its forward threw {type(error).__name__}: {error}", network)
+            assignment = assignment.only(self._ready(assignment, batch, newest))
+            if not len(assignment.rows):
+                return
+            everything = len(assignment.rows) == len(batch.lengths)
+            rows = None if everything else torch.from_numpy(assignment.rows).to(self._device)
+            if network.translator is None:
+                lengths = batch.lengths[assignment.rows]
+                last_tokens = batch.last_tokens if everything else batch.last_tokens[rows]
+                read = Rows(assignment.slots, lengths, last_tokens, assignment.histories, lengths)
+            else:
+                read = _translated(assignment, self._device)
+                columns = network.translator.columns(assignment.translations)
+            value = network.score(read)
+        except BaseException as error:  # whatever it is, it must not reach the engine
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            logger.exception("value network %s threw", network)
+            self.fail(f"it threw {type(error).__name__}: {error}", network)
             return
         # A sum is finite only if every logit is: one pass, one number to wait for.
         if not torch.isfinite(value.sum(dtype=torch.float32)):
             self.fail("its logits are not finite", network)
             return
-        add_value_logits(logits, value, scales, rows)
+        add_value_logits(logits, value, assignment.scales, rows, columns)
+
+    def _ready(
+        self, assignment: _Assignment, batch: Batch, newest: Callable[[], list[int]]
+    ) -> np.ndarray:
+        """Return which rows the network scores in this step, as bool `[num_guided]`.
+
+        A network of another vocabulary reads what is new at first. It has no opinion on a row that
+        waits, say for the rest of a character: the target alone goes on.
+        """
+        network = assignment.network
+        ready = batch.sampled[assignment.rows]
+        if network.translator is None:
+            return ready
+        for i in np.flatnonzero(ready).tolist():
+            row, index = assignment.translations[i], assignment.rows[i]
+            kept = row.advance(int(batch.lengths[index]), lambda index=index: newest()[index])
+            network.rewind(assignment.slots[i], kept)
+            if not row.waiting and len(row.ids) > network.max_context:
+                row.outgrown = self.any_ended = True
+            ready[i] = not (row.waiting or row.outgrown)
+        return ready
+
+
+def _translated(assignment: _Assignment, device: torch.device) -> Rows:
+    """Return the rows in the tokens of their network, which is of another vocabulary."""
+    rows = assignment.translations
+    return Rows(
+        assignment.slots,
+        np.array([len(row.ids) for row in rows], dtype=np.int32),
+        torch.tensor([row.ids[-1] for row in rows], dtype=torch.int32).to(device),
+        assignment.histories,
+        np.array([row.num_stable for row in rows], dtype=np.int32),
+    )
 
 
 def _pools(

@@ -25,9 +25,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from server.worker.blocks import BLOCK_SIZE, BlockPool, KVShape, TokensOf
 from server.worker.compilation import LAYER_PREFIX, CompiledForwards, compilation_mode
+from server.worker.translation import Translator
 from value_models.store import NetworkFolder
 
 logger = init_logger(__name__)
+
+TOKENS_PER_TARGET_TOKEN = 4
+"""How much longer a history may be in another vocabulary; a row that outgrows it ends."""
 
 
 class Rows(NamedTuple):
@@ -37,6 +41,7 @@ class Rows(NamedTuple):
     lengths: np.ndarray  # int32 [num_rows], tokens of history, this step's input the last of them
     last_tokens: torch.Tensor  # int [num_rows] on the device, this step's input tokens
     histories: Sequence[TokensOf]  # [num_rows], each row's tokens as far as the host knows
+    num_stable: np.ndarray  # int32 [num_rows], leading tokens of history that will never change
 
 
 class ValueNetwork:
@@ -44,25 +49,37 @@ class ValueNetwork:
 
     Attributes:
         failure: why it must not be used any more, or None. Set once, never cleared.
+        translator: reads rows for a network of another vocabulary than the target's, or None.
     """
 
     def __init__(
-        self, folder: NetworkFolder, target_config: VllmConfig, device: torch.device
+        self,
+        folder: NetworkFolder,
+        target_config: VllmConfig,
+        target_fingerprint: str,
+        device: torch.device,
     ) -> None:
         """Load the weights. `bind` must follow before the first `score`.
 
         Args:
             folder: checked by `value_models.store`.
             target_config: the engine's own configuration; it is not changed.
+            target_fingerprint: of the target's tokenizer; the folder fits it.
             device: where the target's logits are.
 
         Raises:
-            ValueError: the model's attention cannot share one paged KV cache.
+            ValueError: the folder's map for this target cannot be used, or the model's attention
+                cannot share one paged KV cache.
         """
         self.folder = folder
         self.failure: str | None = None
+        self.translator = (
+            None
+            if folder.manifest.tokenizer_fingerprint == target_fingerprint
+            else Translator(folder.path, target_fingerprint, device)
+        )
         self._device = device
-        self._config = _network_config(folder, target_config)
+        self._config = _network_config(folder, target_config, self.translator is not None)
         with set_current_vllm_config(self._config, check_compile=False, prefix=LAYER_PREFIX):
             self._model = get_model(
                 vllm_config=self._config,
@@ -117,6 +134,11 @@ class ValueNetwork:
         """Sequences that lost their KV blocks to others and were recomputed; see `BlockTable`."""
         return self._table.drops
 
+    @property
+    def prefix_hits(self) -> int:
+        """Tokens that were not computed, since the prefix cache had them."""
+        return self._table.prefix_hits
+
     def fail(self, reason: str) -> None:
         """Mark the network as failed, for good."""
         self.failure = reason
@@ -125,6 +147,10 @@ class ValueNetwork:
     def release(self, slot: int) -> None:
         """Forget a slot's history. Its full blocks stay in the prefix cache."""
         self._table.release(slot)
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Compute a slot's history anew behind its first `length` tokens: they were rewritten."""
+        self._table.rewind(slot, length)
 
     def score(self, rows: Rows) -> torch.Tensor:
         """Return the network's next-token logits after each row's history.
@@ -215,13 +241,13 @@ class ValueNetwork:
                 if budget == 0:
                     break
                 slot, length = int(rows.slots[index]), int(rows.lengths[index])
-                tokens = rows.histories[index]
+                tokens, num_stable = rows.histories[index], int(rows.num_stable[index])
                 if slot not in table.requests:
-                    table.open(slot, tokens, length)
+                    table.open(slot, tokens, num_stable)
                 table.held.add(slot)
                 start = int(table.computed[slot])
                 stop = min(length, start + budget)
-                if not table.reserve(slot, tokens, stop):
+                if not table.reserve(slot, tokens, stop, num_stable):
                     table.held.discard(slot)
                     break
                 part.append((index, start, stop))
@@ -320,7 +346,7 @@ class ValueNetwork:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
-def _network_config(folder: NetworkFolder, target: VllmConfig) -> VllmConfig:
+def _network_config(folder: NetworkFolder, target: VllmConfig, translated: bool) -> VllmConfig:
     """Derive the configuration of a value network from the target's.
 
     Copies are shallow and every part that vLLM writes to while loading is replaced: the target's
@@ -335,10 +361,9 @@ def _network_config(folder: NetworkFolder, target: VllmConfig) -> VllmConfig:
         skip_tokenizer_init=True,
         trust_remote_code=False,
     )
-    # A history is never longer than the target lets it be.
-    config.model_config.max_model_len = min(
-        config.model_config.max_model_len, target.model_config.max_model_len
-    )
+    # A history is never longer than the target lets it be, counted in the network's own tokens.
+    longest = target.model_config.max_model_len * (TOKENS_PER_TARGET_TOKEN if translated else 1)
+    config.model_config.max_model_len = min(config.model_config.max_model_len, longest)
     config.quant_config = None
     # "auto" would admit pickled weights; a target's "dummy" would randomise the network.
     config.load_config = LoadConfig(load_format="safetensors")

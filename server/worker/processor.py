@@ -4,7 +4,8 @@ vLLM also imports this class in the API processes, to validate requests: nothing
 
 Guidance happens as the sampler is entered rather than in `apply`: there, penalties, bad words and
 `logit_bias` still follow, and reported log-probabilities are those of the guided distribution.
-`apply` comes after all masks of vLLM's own, and ends the requests whose network has failed.
+`apply` comes after all masks of vLLM's own, and ends the requests whose network has failed or can
+read no more.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -83,15 +84,15 @@ class ValueGuidance(LogitsProcessor):
         self.guidance.arrange(self._rows)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """End rows whose network failed: only their failure token can be sampled.
+        """End rows that cannot be guided on: only their failure token can be sampled.
 
         Args:
             logits: float32 `[num_rows, vocab_size]`.
         """
-        if self._runner is not None and not self.guidance.any_failure:
+        if self._runner is not None and not self.guidance.any_ended:
             return logits
         for index, row in self._rows.items():
-            if self._runner is None or self.guidance.failed(row):
+            if self._runner is None or self.guidance.ended(row):
                 logits[index] = float("-inf")
                 # More than vLLM's thinking budget, which comes later, gives its end token.
                 logits[index, row.choice.failure_token_id] = 1e30

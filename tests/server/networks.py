@@ -13,6 +13,7 @@ def status(name: str, **changes: Any) -> dict[str, Any]:
         "reason": None,
         "scale": 1.0,
         "vocab_size": 512,
+        "mapped": False,
         "max_context": 64,
         "num_parameters": 1000,
         "kind": "residual",

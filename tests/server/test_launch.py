@@ -7,8 +7,16 @@ import pytest
 
 from server.launch import LaunchError, prepare
 from server.settings import Settings
-from tests.models import OTHER_TEXT, make_model, make_network, make_tokenizer
+from tests.models import (
+    OTHER_TEXT,
+    make_mapped_network,
+    make_model,
+    make_network,
+    make_sentencepiece_tokenizer,
+    make_tokenizer,
+)
 from tests.server.conftest import SMALL
+from value_models.manifest import tokenizer_fingerprint
 from value_models.store import NetworkError
 
 
@@ -144,11 +152,39 @@ def test_networks_that_cannot_be_served_are_refused(
     assert "holds no value network" in refusal(target, "--value-network-dir", tmp_path)
 
     make_network(tmp_path / "other", **SMALL, tokenizer=make_tokenizer(OTHER_TEXT, 400))
-    assert "another tokenizer" in refusal(target, "--value-network", f"qa={tmp_path / 'other'}")
-    make_network(tmp_path / "contrast", **SMALL, kind="contrast")
-    assert "'contrast' cannot be served yet" in refusal(
-        target, "--value-network", f"qa={tmp_path / 'contrast'}"
+    assert "trimtab align" in refusal(target, "--value-network", f"qa={tmp_path / 'other'}")
+
+
+@pytest.mark.parametrize("kind", ["cascade", "cascade+", "contrast"])
+def test_kinds_that_cannot_be_served_are_refused_in_a_line(
+    target: str, tmp_path: Path, kind: str
+) -> None:
+    network = make_network(tmp_path / "network", **SMALL, kind=kind)
+    message = refusal(target, "--value-network", f"qa={network}")
+    assert f"'{kind}' cannot be served yet" in message and "\n" not in message
+
+
+def test_a_network_of_another_vocabulary_is_served_through_its_map(
+    target: str, qa: str, tmp_path: Path
+) -> None:
+    network = make_mapped_network(
+        tmp_path / "other", make_tokenizer(), **SMALL, tokenizer=make_sentencepiece_tokenizer()
     )
+    _, launched = prepare([target, "--value-network", qa, "--value-network", f"other={network}"])
+    assert launched.networks["other"].endswith("parameters, through a vocabulary map")
+    assert launched.networks["qa"].endswith("parameters")
+    assert Settings.load().tokenizer_fingerprint == tokenizer_fingerprint(make_tokenizer())
+
+
+def test_a_map_of_another_tokenizer_than_the_folders_is_refused(
+    target: str, tmp_path: Path
+) -> None:
+    network = make_mapped_network(
+        tmp_path / "other", make_tokenizer(), **SMALL, tokenizer=make_sentencepiece_tokenizer()
+    )
+    make_sentencepiece_tokenizer(size=400).save_pretrained(network)
+    message = refusal(target, "--value-network", f"other={network}")
+    assert "'other'" in message and "trimtab align" in message
 
 
 def test_names_are_unique(target: str, qa: str) -> None:

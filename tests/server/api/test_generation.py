@@ -1,4 +1,4 @@
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +13,7 @@ from tests.server.networks import Workers, status
 KEY = "a key"
 FAILURE_TOKEN = 99
 QA = ChosenNetwork("qa", "3f2a91c0", 1.0)
+FOREIGN = ChosenNetwork("foreign", "3f2a91c0", 1.0)
 
 
 class Failed(Exception):
@@ -33,10 +34,40 @@ class Engine:
         self.asked.append((prompt, sampling_params, request_id, options))
         try:
             for reason in self.stop_reasons:
-                yield SimpleNamespace(outputs=[SimpleNamespace(stop_reason=reason)])
+                yield SimpleNamespace(outputs=[completion(reason)])
         except GeneratorExit:
             self.aborted = True
             raise
+
+
+class Vocabularies:
+    """Stands for `server.api.vocabularies.Vocabularies`: a network with half as long tokens, which
+    scores odd ids only."""
+
+    def __init__(self) -> None:
+        self.counted = 0
+
+    def count(self, name: str, token_ids: Sequence[int]) -> int:
+        self.counted += 1
+        return 2 * len(token_ids)
+
+    async def count_in_background(self, name: str, token_ids: Sequence[int]) -> int:
+        return self.count(name, token_ids)
+
+    def scores(self, name: str, token_id: int) -> bool:
+        return token_id % 2 == 1
+
+
+def completion(stop_reason: Any, index: int = 0) -> Any:
+    """One of vLLM's outputs, of one token."""
+    return SimpleNamespace(
+        index=index,
+        token_ids=[5, stop_reason or 6],
+        logprobs=None,
+        text="a",
+        finish_reason="stop" if stop_reason else None,
+        stop_reason=stop_reason,
+    )
 
 
 @pytest.fixture
@@ -46,14 +77,25 @@ def engine() -> Engine:
 
 @pytest.fixture
 def workers() -> Workers:
-    return Workers([status("qa", max_context=64), status("json", max_context=32)])
+    return Workers(
+        [
+            status("qa", max_context=64),
+            status("json", max_context=32),
+            status("foreign", max_context=64, mapped=True),
+        ]
+    )
 
 
 @pytest.fixture
-async def door(engine: Engine, workers: Workers) -> GenerationDoor:
+def vocabularies() -> Vocabularies:
+    return Vocabularies()
+
+
+@pytest.fixture
+async def door(engine: Engine, workers: Workers, vocabularies: Any) -> GenerationDoor:
     catalog = Catalog(workers.call)
     await catalog.attach()
-    return GenerationDoor(engine.generate, catalog, KEY, 100, Failed)
+    return GenerationDoor(engine.generate, catalog, vocabularies, KEY, 100, Failed)
 
 
 def params(sealed: str | None = None, **changes: Any) -> Any:
@@ -123,7 +165,7 @@ def test_allowed_ids_that_guidance_excludes_are_refused(
     door: GenerationDoor, allowed: list[int]
 ) -> None:
     as_route()
-    with pytest.raises(ApiError, match="below 512"):
+    with pytest.raises(ApiError, match="no token that the value network can score"):
         door.generate(tokens(4), guided(allowed_token_ids=allowed), "r")
     door.generate(tokens(4), guided(allowed_token_ids=[*allowed, 5]), "r")
 
@@ -175,7 +217,8 @@ def test_min_tokens_must_fit_too(door: GenerationDoor) -> None:
 async def test_what_vllm_shortens_to_the_target_is_not_asked_for(engine: Engine) -> None:
     catalog = Catalog(Workers([status("qa", max_context=100)]).call)
     await catalog.attach()
-    door = GenerationDoor(engine.generate, catalog, KEY, 100, Failed)
+    vocabularies: Any = Vocabularies()
+    door = GenerationDoor(engine.generate, catalog, vocabularies, KEY, 100, Failed)
     as_route(max_tokens=20)
     shortened = guided(max_tokens=10)
     door.generate(tokens(90), shortened, "r")
@@ -242,3 +285,115 @@ async def test_a_client_that_leaves_aborts_the_request(
     await anext(outputs)
     await outputs.aclose()
     assert engine.aborted
+
+
+class TestOtherVocabularies:
+    """A network that counts in tokens of its own."""
+
+    async def test_a_prompt_is_measured_in_the_networks_tokens(self, door: GenerationDoor) -> None:
+        as_route(FOREIGN, max_tokens=90)
+        await door.admit(tokens(32))
+        door.generate(tokens(32), guided(FOREIGN, max_tokens=68), "r")
+        message = "foreign@3f2a91c0 reads at most 64 tokens, but this prompt has 66"
+        with pytest.raises(ApiError, match=message):
+            await door.admit(tokens(33))
+        with pytest.raises(ApiError, match=message):
+            door.generate(tokens(33), guided(FOREIGN, max_tokens=67), "r")
+        with pytest.raises(ApiError, match=message):
+            door.check(tokens(33))
+
+    async def test_an_admitted_prompt_is_not_measured_again(
+        self, door: GenerationDoor, vocabularies: Vocabularies
+    ) -> None:
+        as_route(FOREIGN)
+        prompt = tokens(4)
+        await door.admit(prompt)
+        door.check(prompt)
+        door.generate(prompt, guided(FOREIGN), "r")
+        assert vocabularies.counted == 1
+        door.generate(tokens(4), guided(FOREIGN), "r")
+        assert vocabularies.counted == 2
+
+    async def test_other_prompts_are_not_measured(
+        self, door: GenerationDoor, vocabularies: Vocabularies
+    ) -> None:
+        CURRENT.set(None)
+        await door.admit(tokens(99))
+        as_route(QA)
+        await door.admit(tokens(99))
+        assert vocabularies.counted == 0
+
+    def test_the_output_is_only_limited_by_the_target_and_other_networks(
+        self, door: GenerationDoor
+    ) -> None:
+        as_route(FOREIGN, max_tokens=None)
+        asked = guided(FOREIGN, max_tokens=90)
+        door.generate(tokens(10), asked, "r")
+        assert asked.max_tokens == 90
+        as_route(QA, FOREIGN, max_tokens=None)
+        asked = guided(QA, FOREIGN, max_tokens=90)
+        door.generate(tokens(10), asked, "r")
+        assert asked.max_tokens == 54
+
+    def test_allowed_ids_without_a_counterpart_are_refused(self, door: GenerationDoor) -> None:
+        as_route(QA, FOREIGN)
+        for allowed in ([2, 4], [2, FAILURE_TOKEN], [513]):
+            with pytest.raises(ApiError, match="no token that the value network can score"):
+                door.generate(tokens(4), guided(QA, FOREIGN, allowed_token_ids=allowed), "r")
+        door.generate(tokens(4), guided(QA, FOREIGN, allowed_token_ids=[2, 3]), "r")
+
+    async def test_an_outgrown_context_ends_at_length(
+        self, door: GenerationDoor, engine: Engine
+    ) -> None:
+        request = as_route(FOREIGN)
+        engine.stop_reasons = [None, FAILURE_TOKEN]
+        outputs = [output async for output in door.generate(tokens(4), guided(FOREIGN), "r")]
+        first, last = (output.outputs[0] for output in outputs)
+        assert (first.token_ids, first.finish_reason) == ([5, 6], None)
+        assert (last.token_ids, last.finish_reason, last.stop_reason) == ([5], "length", None)
+        assert request.error is None
+
+    async def test_only_the_completion_that_outgrew_it_ends(
+        self, engine: Engine, door: GenerationDoor
+    ) -> None:
+        async def generate(*_: Any, **__: Any) -> AsyncGenerator[Any, None]:
+            grown = completion(FAILURE_TOKEN)
+            grown.logprobs = ["of 5", "of the failure token"]
+            yield SimpleNamespace(outputs=[grown, completion(None, index=1)])
+
+        door._generate = generate
+        as_route(FOREIGN)
+        (output,) = [output async for output in door.generate(tokens(4), guided(FOREIGN), "r")]
+        assert [done.finish_reason for done in output.outputs] == ["length", None]
+        assert [done.token_ids for done in output.outputs] == [[5], [5, 6]]
+        assert output.outputs[0].logprobs == ["of 5"]
+
+    @pytest.mark.parametrize("failing", ["foreign", "qa"])
+    async def test_a_failure_is_no_outgrown_context(
+        self, door: GenerationDoor, engine: Engine, workers: Workers, failing: str
+    ) -> None:
+        as_route(QA, FOREIGN)
+        engine.stop_reasons = [FAILURE_TOKEN]
+        states = {failing: {"state": "failed", "reason": "it threw"}}
+        workers.replies = [
+            {
+                "networks": [
+                    status("qa", **states.get("qa", {})),
+                    status("foreign", mapped=True, **states.get("foreign", {})),
+                ]
+            }
+        ]
+        with pytest.raises(Failed, match=f"{failing}@3f2a91c0 has failed: it threw"):
+            async for _ in door.generate(tokens(4), guided(QA, FOREIGN), "r"):
+                pass
+
+    async def test_another_version_in_the_workers_is_a_failure(
+        self, door: GenerationDoor, engine: Engine, workers: Workers
+    ) -> None:
+        as_route(FOREIGN)
+        outputs = door.generate(tokens(4), guided(FOREIGN), "r")
+        engine.stop_reasons = [FAILURE_TOKEN]
+        workers.replies = [{"networks": [status("foreign", mapped=True, version="00000000")]}]
+        with pytest.raises(Failed, match="no version '3f2a91c0'"):
+            async for _ in outputs:
+                pass

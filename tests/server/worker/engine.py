@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from vllm import LLM, RequestOutput, SamplingParams
 
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal
 from server.settings import Settings
+from value_models.combine import add_value_logits
+from value_models.manifest import tokenizer_fingerprint
 from value_models.store import check_network
+from value_models.vocabulary.reading import Reader
 
 KEY = "test"
 
@@ -44,8 +47,15 @@ class GuidedEngine:
             for name in ("value_cache_gb", "prefix_caching")
             if name in options
         }
-        Settings(networks=networks, key=KEY, **settings).export()
-        self.versions = {name: check_network(p, name).version for name, p in networks.items()}
+        fingerprint = tokenizer_fingerprint(PreTrainedTokenizerFast.from_pretrained(target))
+        Settings(networks=networks, key=KEY, tokenizer_fingerprint=fingerprint, **settings).export()
+        folders = {name: check_network(path, name) for name, path in networks.items()}
+        self.versions = {name: folder.version for name, folder in folders.items()}
+        self.mapped = {
+            name: Reader.load(folder.path, fingerprint)
+            for name, folder in folders.items()
+            if folder.manifest.tokenizer_fingerprint != fingerprint
+        }
         self.target = _load(target)
         self.networks = {name: _load(path) for name, path in networks.items()}
         # The last id is made the failure token; `_load`ed models mask it in the same way.
@@ -90,25 +100,40 @@ class GuidedEngine:
     def reference_logits(self, ask: Ask, sampled: Sequence[int]) -> torch.Tensor:
         """`target + scale * value` over the whole sequence, for each sampled token.
 
+        A network of another vocabulary reads the whole sequence anew for each of them.
+
         Returns:
             float32 `[len(sampled), vocab_size]`
         """
         ids = torch.tensor([[*ask.prompt, *sampled]])
         guided = self.target(ids).logits[0, len(ask.prompt) - 1 : -1]
         for network, scale in ask.scales.items():
+            guided[:, self.failure_token_id] = float("-inf")
+            if network in self.mapped:
+                for position, row in enumerate(guided):
+                    history = [*ask.prompt, *sampled[:position]]
+                    self._add_mapped(row[None], network, scale, history)
+                continue
             value = self.networks[network](ids).logits[0, len(ask.prompt) - 1 : -1]
             guided[:, : value.shape[1]] += scale * value[:, : guided.shape[1]]
             guided[:, value.shape[1] :] = float("-inf")
-            guided[:, self.failure_token_id] = float("-inf")
         return guided
+
+    def _add_mapped(
+        self, logits: torch.Tensor, network: str, scale: float, history: list[int]
+    ) -> None:
+        reading = self.mapped[network].read(history)
+        if not reading.waiting:
+            value = self.networks[network](torch.tensor([list(reading.ids)])).logits[:, -1]
+            columns = self.mapped[network].map.columns[-1 if reading.at_start else 0]
+            add_value_logits(logits, value, scale, None, columns)
 
     def assert_exact(self, asks: Sequence[Ask], outputs: Sequence[RequestOutput]) -> None:
         """Every sampled token is the argmax of the reference, given those before it."""
         for ask, output in zip(asks, outputs, strict=True):
-            for completion in output.outputs:
-                sampled = list(completion.token_ids)
+            for sampled in {tuple(completion.token_ids) for completion in output.outputs}:
                 expected = self.reference_logits(ask, sampled).argmax(-1).tolist()
-                assert sampled == expected, (ask, completion.finish_reason, completion.stop_reason)
+                assert list(sampled) == expected, (ask, output.outputs)
                 assert len(sampled) == ask.max_tokens
 
 
