@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from value_models.store import NetworkError, check_network
 from value_models.vocabulary.align import MAP_METHODS, align
 from value_models.vocabulary.tokens import VocabularyError
 
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run the command. Returns the exit code."""
     try:
+        network = check_network(options.value)
         built = align(
             options.value,
             options.target,
@@ -78,8 +80,13 @@ def main(options: argparse.Namespace) -> int:
         if built.target_fingerprint == built.value_fingerprint:
             print("The target has the network's own tokenizer: it needs no map.")
             return 0
+        if built.columns.max() >= network.vocab_size:
+            raise VocabularyError(
+                f"{options.value} has {network.vocab_size} logits, fewer than its tokenizer has "
+                "tokens; the checkpoint is not this tokenizer's"
+            )
         file = built.save(Path(options.value))
-    except VocabularyError as error:
+    except (VocabularyError, NetworkError) as error:
         print(error, file=sys.stderr)
         return 1
     for line in describe(built.report):

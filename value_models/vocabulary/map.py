@@ -113,6 +113,7 @@ class VocabularyMap:
         try:
             file.parent.mkdir(exist_ok=True)
             save_file(tensors, scratch, {METADATA_KEY: header.model_dump_json()})
+            scratch.chmod(0o644)  # safetensors lets only the owner read, and servers run as others
             scratch.replace(file)
         except (OSError, SafetensorError) as error:
             raise VocabularyError(f"{file} cannot be written ({error})") from error

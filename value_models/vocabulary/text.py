@@ -107,7 +107,7 @@ class TextTokenizer:
                 if (
                     words >= KEPT_WORDS
                     and 0 < start <= len(text) - KEPT_CHARACTERS
-                    and (not self._composes or _begins_composition(text[start]))
+                    and (not self._composes or _stays_apart(text[start]))
                 ):
                     return Cut(start, first)
         return None
@@ -123,7 +123,7 @@ def _words_backwards(encoding: Encoding) -> Iterator[tuple[int, int, int]]:
             last = index - 1
 
 
-def _begins_composition(character: str) -> bool:
+def _stays_apart(character: str) -> bool:
     """Whether NFC never joins a character to what stands before it.
 
     It joins marks and the vowels and final consonants of decomposed Hangul. Beyond the scripts

@@ -116,25 +116,21 @@ def load_vocabulary(where: str | Path) -> Vocabulary:
     return Vocabulary.of(load_tokenizer(where))
 
 
-def load_tokenizer(where: str | Path) -> Any:
+def load_tokenizer(where: str | Path, revision: str | None = None) -> Any:
     """Load the Hugging Face fast tokenizer that `load_vocabulary` describes.
+
+    Everything that compares a target's tokenizer with a network's loads it here: transformers knows
+    several tokenizers for a folder that also holds mistral_common's files, with other fingerprints.
 
     Raises:
         VocabularyError: there is none.
     """
     path = Path(where)
     try:
-        if path.is_file() and SENTENCEPIECE_FILE.search(path.name):
-            return _from_sentencepiece(path)
         if path.is_file():
-            from transformers.integrations.mistral import convert_tekken_tokenizer
-
-            return convert_tekken_tokenizer(str(path))
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(
-            where, local_files_only=path.is_dir(), trust_remote_code=False
-        )
+            sentencepiece = SENTENCEPIECE_FILE.search(path.name)
+            return _from_sentencepiece(path) if sentencepiece else _from_tekken(path)
+        return _from_pretrained(where, revision=revision or "main", local_files_only=path.is_dir())
     except VocabularyError:
         raise
     except Exception as error:  # every format fails in its own way
@@ -143,6 +139,30 @@ def load_tokenizer(where: str | Path) -> Any:
             f"no tokenizer can be loaded from {where} ({type(error).__name__}: {reason}); name a "
             "model folder, a model on the hub or a tokenizer file"
         ) from error
+
+
+def _from_pretrained(where: str | Path, **source: Any) -> Any:
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **source)
+    if hasattr(tokenizer, "backend_tokenizer"):
+        return tokenizer
+    # Beside a tekken.json transformers prefers mistral_common's own class, which is not fast.
+    if cached_file(where, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **source):
+        return AutoTokenizer.from_pretrained(
+            where, trust_remote_code=False, mistral_format=False, **source
+        )
+    tekken = cached_file(
+        where, "tekken.json", _raise_exceptions_for_missing_entries=False, **source
+    )
+    return _from_tekken(Path(tekken)) if tekken else tokenizer
+
+
+def _from_tekken(file: Path) -> Any:
+    from transformers.integrations.mistral import convert_tekken_tokenizer
+
+    return convert_tekken_tokenizer(str(file))
 
 
 def components(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

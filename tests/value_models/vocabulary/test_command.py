@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from tests.models import make_network
 from tests.value_models.vocabulary.tokenizers import MORE_TEXT, tokenizer
 from value_models.vocabulary import command
 from value_models.vocabulary.map import VocabularyMap, map_file
@@ -12,8 +13,10 @@ from value_models.vocabulary.tokens import Vocabulary
 
 @pytest.fixture
 def folders(tmp_path):
-    for name in ("byte-level", "sentencepiece legacy"):
-        tokenizer(name).save_pretrained(tmp_path / name)
+    make_network(
+        tmp_path / "byte-level", tokenizer=tokenizer("byte-level"), hidden_size=32, heads=1
+    )
+    tokenizer("sentencepiece legacy").save_pretrained(tmp_path / "sentencepiece legacy")
     (tmp_path / "corpus.txt").write_text(MORE_TEXT)
     return tmp_path
 
@@ -47,6 +50,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_1(folders, capsys) -> Non
     value, corpus = folders / "byte-level", folders / "corpus.txt"
     for wrong in (
         ("--value", folders / "none", "--target", value, "--corpus", corpus),
+        ("--value", folders / "sentencepiece legacy", "--target", value, "--corpus", corpus),
         ("--value", value, "--target", folders, "--corpus", corpus),
         ("--value", value, "--target", value, "--corpus", folders / "none"),
         ("--value", value, "--target", value, "--corpus", corpus, "--special", "a=b"),
@@ -68,3 +72,21 @@ def test_a_target_of_the_networks_own_tokenizer_needs_no_map(folders, capsys) ->
 def test_no_processes_are_refused(folders) -> None:
     with pytest.raises(SystemExit):
         run("--value", "a", "--target", "b", "--corpus", "c", "--processes", 0)
+
+
+def test_a_network_with_fewer_logits_than_tokens_gets_no_map(folders, capsys) -> None:
+    few = make_network(
+        folders / "few", tokenizer=tokenizer("byte-level"), vocab_size=300, hidden_size=32, heads=1
+    )
+    options = ("--target", folders / "sentencepiece legacy", "--corpus", folders / "corpus.txt")
+    assert run("--value", few, *options) == 1
+    assert "fewer than its tokenizer" in capsys.readouterr().err
+    assert not (few / "vocabulary_maps").exists()
+
+
+def test_servers_that_run_as_others_can_read_a_map(folders) -> None:
+    value = folders / "byte-level"
+    options = ("--target", folders / "sentencepiece legacy", "--corpus", folders / "corpus.txt")
+    assert run("--value", value, *options) == 0
+    (file,) = (value / "vocabulary_maps").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o644

@@ -1,6 +1,7 @@
 """The bytes behind ids, for each known family, against the tokenizers' own encoding."""
 
 import json
+import shutil
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -140,3 +141,20 @@ def test_mistral_files_encode_as_mistral_common_does(name: str) -> None:
         assert spelled == (b"" if vocabulary.dummy_space == "never" else b" ") + text.encode()
     assert [vocabulary.specials[i] for i in vocabulary.prefix] in (["<s>"], [])
     assert (vocabulary.bos, vocabulary.eos) == (theirs.bos_id, theirs.eos_id)
+
+
+@pytest.mark.parametrize("with_tokenizer_json", [True, False])
+def test_a_folder_of_mistrals_has_the_fingerprint_of_its_tekken_file(
+    tmp_path, with_tokenizer_json: bool
+) -> None:
+    """transformers would take mistral_common's own class there, which has another vocabulary."""
+    file = mistral_file("tekken_240911.json")
+    if file is None or not file.is_file():
+        pytest.skip("mistral_common is not installed")
+    vocabulary = load_vocabulary(file)
+    if with_tokenizer_json:
+        vocabulary.tokenizer.save_pretrained(tmp_path)
+    shutil.copy(file, tmp_path / "tekken.json")
+    config = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_vocabulary(tmp_path).fingerprint == vocabulary.fingerprint
