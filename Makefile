@@ -3,6 +3,7 @@
 #   make test                                all tests
 #   make check                               format, lint and types
 #   make demo                                remakes the demo models from nothing (under an hour)
+#   make study                               asks how well networks carry over (a night on two cores)
 #   make bench [OUT=bench.json]              tokens per second, guided and not
 # BUILD=cpu or BUILD=gpu overrides what is found on this machine.
 HOST ?= 127.0.0.1
@@ -13,7 +14,7 @@ BUILD ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 WEIGHTS := value_models/demo/weights
 READY := .venv/ready-$(BUILD)
 
-.PHONY: serve test check demo bench
+.PHONY: serve test check demo study bench
 .DEFAULT_GOAL := serve
 
 serve: $(READY)
@@ -30,6 +31,9 @@ check: $(READY)
 
 demo: $(READY)
 	@.venv/bin/python -m value_models.demo
+
+study: $(READY)
+	@.venv/bin/python -m value_models.study
 
 bench: $(READY)
 	@.venv/bin/python -m deploy.bench $(if $(OUT),--out $(OUT))

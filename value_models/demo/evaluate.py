@@ -32,7 +32,6 @@ from value_models.demo.demonstrations import (
     Question,
     ask,
 )
-from value_models.demo.pretrain import BOUNDARY
 from value_models.guided import NetworkGuide, decode
 from value_models.store import check_network
 
@@ -158,7 +157,7 @@ def knowledge(
             value = person.facts[relation]
             # In prose the space before a value belongs to the value's first token.
             cut = whole.rindex(value) - (0 if as_record else 1)
-            prompts.append(BOUNDARY + whole[:cut])
+            prompts.append(f"{tokenizer.bos_token}{whole[:cut]}")
             expected.append(whole[cut:].rstrip("}."))
     completions = complete(base, None, tokenizer, prompts)
     return Score(

@@ -1,0 +1,3 @@
+from value_models.study.run import main
+
+raise SystemExit(main())
