@@ -86,11 +86,19 @@ def parse(line: bytes, where: str) -> Conversation:
     try:
         fields: Any = json.loads(line)
         if isinstance(fields, dict) and "conversations" in fields:
-            return SharedConversation.model_validate(fields).plain()
-        return Conversation.model_validate(fields)
+            conversation = SharedConversation.model_validate(fields).plain()
+        else:
+            conversation = Conversation.model_validate(fields)
+        for message in conversation.messages:
+            message.text.encode()  # JSON can say lone surrogates, which no tokenizer takes
+        return conversation
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"])) or "line"
         raise TrainingError(f"{where}: {place}: {fault['msg']}") from error
+    except UnicodeEncodeError as error:
+        raise TrainingError(
+            f"{where}: text that cannot be encoded as UTF-8 ({error.reason})"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise TrainingError(f"{where}: not valid JSON ({error})") from error

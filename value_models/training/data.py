@@ -190,7 +190,13 @@ def encode(
             break
         labels += [IGNORED] * (len(prompt) - len(input_ids)) + until[len(prompt) :]
         input_ids = until
-    return Example(input_ids, labels) if input_ids else None
+    if not input_ids:
+        return None
+    # The first token is never predicted, so that a label there teaches nothing either.
+    if all(label == IGNORED for label in labels[1:]):
+        dropped["with empty responses only"] += 1
+        return None
+    return Example(input_ids, labels)
 
 
 def _render(

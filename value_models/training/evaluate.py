@@ -13,10 +13,16 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from value_models.connection import CONNECTIONS
 from value_models.manifest import tokenizer_fingerprint
-from value_models.store import NetworkError, check_network
+from value_models.store import NetworkError, NetworkFolder, check_network
 from value_models.training import TrainingError
 from value_models.training.batches import Collator
 from value_models.training.data import load_demonstrations
@@ -31,7 +37,7 @@ def evaluate(
     scale: float | None = None,
     batch_size: int = 8,
 ) -> Metrics:
-    """Read demonstrations along with a network beside a base, in float32.
+    """Read demonstrations along with a network beside a base, in float32, on a GPU if there is one.
 
     Args:
         folder: of the network.
@@ -41,26 +47,31 @@ def evaluate(
 
     Raises:
         NetworkError: the folder is no sound network.
-        TrainingError: base or data cannot be used, or the base has another tokenizer.
+        TrainingError: base or data cannot be used, the base has another tokenizer, or the network
+            is of an unknown kind.
     """
+    if batch_size < 1:
+        raise TrainingError(f"batch size {batch_size}: it must be at least 1")
     network = check_network(folder)
-    tokenizer = load_pretrained(AutoTokenizer, base)
-    if tokenizer_fingerprint(tokenizer) != network.manifest.tokenizer_fingerprint:
-        raise TrainingError(
-            f"{base} has another tokenizer than {folder}; its demonstrations would be other tokens"
-        )
-    models = [_load_model(str(network.path)), _load_model(base)]
-    connect(models[0], network.manifest.kind)
+    kind = network.manifest.kind
+    if kind not in CONNECTIONS:
+        known = ", ".join(CONNECTIONS)
+        raise TrainingError(f"{folder} is of the unknown kind {kind!r}; there are: {known}")
+    tokenizer = _load_tokenizer(base, network)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = [_load_model(where, device) for where in (str(network.path), base)]
+    connect(models[0], kind)
     longest = min(map(context, models))
     examples = load_demonstrations(data, tokenizer, longest).examples
     collate = Collator(tokenizer.pad_token_id or 0)
     starts = range(0, len(examples), batch_size)
     batches = (collate(examples[i : i + batch_size]) for i in tqdm(starts, desc="evaluate"))
     factor = network.manifest.default_scale if scale is None else scale
-    cascaded = network.manifest.kind != "residual"
+    cascaded = kind != "residual"
     sums = []
     with torch.inference_mode():
-        for batch in batches:
+        for on_cpu in batches:
+            batch = {name: tensor.to(device) for name, tensor in on_cpu.items()}
             labels = batch.pop("labels")
             base_logits = models[1](**batch, use_cache=False).logits
             if cascaded:
@@ -70,10 +81,30 @@ def evaluate(
     return Metrics.from_sums(torch.stack(sums).sum(0))
 
 
-def _load_model(where: str) -> PreTrainedModel:
+def _load_tokenizer(base: str, network: NetworkFolder) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer; the chat template is the network's where the base has none."""
+    tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, base)
+    if tokenizer_fingerprint(tokenizer) != network.manifest.tokenizer_fingerprint:
+        raise TrainingError(
+            f"{base} has another tokenizer than {network.path}; its demonstrations would be other "
+            "tokens"
+        )
+    if not tokenizer.chat_template:
+        own = load_pretrained(AutoTokenizer, str(network.path))
+        if not own.chat_template:
+            raise TrainingError(
+                f"neither {base} nor {network.path} has a chat template, so nothing says how a "
+                "conversation becomes tokens"
+            )
+        tokenizer.chat_template = own.chat_template
+    return tokenizer
+
+
+def _load_model(where: str, device: torch.device) -> PreTrainedModel:
     model: PreTrainedModel = load_pretrained(
         AutoModelForCausalLM, where, dtype=torch.float32, use_safetensors=True
     )
+    model.to(device)
     return model.eval()
 
 

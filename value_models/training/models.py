@@ -123,7 +123,10 @@ def context(model: PreTrainedModel) -> int:
 
 def has_fast_bfloat16() -> bool:
     """Whether there is a GPU with bfloat16: the base is kept in it, the network autocasts to it."""
-    return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported())
+    # Emulated, as on GPUs before Ampere, it is slower than float32.
+    return torch.cuda.is_available() and bool(
+        torch.cuda.is_bf16_supported(including_emulation=False)
+    )
 
 
 def _quantization(bits: str, dtype: torch.dtype) -> Any:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from value_models.connection import CONNECTIONS
-from value_models.training.objective import OBJECTIVES
 from value_models.training.settings import DTYPES, PRECISIONS, QUANTIZATIONS, Settings
 
 DEFAULTS = Settings(base="", data=Path(), out=Path())
+STUDIED = {"objective", "beta", "kl_weight"}
+"""Settings without an option: the study (docs/study.md) compares them, and they did not help."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(add, "default-scale", "factor on its logits in requests that name none, at most 8")
 
     add = parser.add_argument_group("objective").add_argument
-    _add(add, "objective", "what the cross-entropy becomes", choices=OBJECTIVES)
-    _add(add, "beta", "of the others: the larger, the nearer to the base")
     _add(add, "norm-weight", "weight of the value logits' norm; more leaves more to the base")
     _add(add, "norm", "which norm", choices=("l1", "l2"))
-    _add(add, "kl-weight", "weight of the KL divergence from the base")
 
     add = parser.add_argument_group("schedule").add_argument
     _add(add, "epochs", "passes over the demonstrations")
@@ -72,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings_from(args: argparse.Namespace) -> Settings:
     """Turn parsed options into settings."""
-    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    names = Settings.__dataclass_fields__.keys() - STUDIED
+    settings = Settings(**{name: getattr(args, name) for name in names})
     if settings.log_dir is None:
         settings = replace(settings, log_dir=settings.out.with_name(settings.out.name + ".logs"))
     return settings

@@ -34,8 +34,7 @@ class State:
         """
         if not self.out.exists():
             return False
-        found = self._read()
-        if self.folder.is_dir() and (not found or found.items() >= self._described().items()):
+        if self._read().items() >= self._described().items():
             return True
         raise TrainingError(
             f"{self._settings.out} is already there; remove it or choose another --out"
@@ -45,7 +44,7 @@ class State:
         """Make the folder, or make sure that it belongs to this very run on these data.
 
         Raises:
-            TrainingError: it belongs to another.
+            TrainingError: it belongs to another run, or to people.
         """
         run = self._described() | {"data_fingerprints": fingerprints}
         if (self.folder / STATE_FILE).is_file():
@@ -55,6 +54,11 @@ class State:
                     "to go on, or remove that folder to begin anew"
                 )
             return
+        if self._is_foreign():
+            raise TrainingError(
+                f"{self.folder} is no folder of an unfinished run, but checkpoints would go there; "
+                "move it or choose another --out"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / f"{STATE_FILE}.{os.getpid()}"
         draft.write_text(json.dumps(run, indent=2, sort_keys=True), encoding="utf-8")
@@ -80,11 +84,19 @@ class State:
 
     def remove(self) -> None:
         """Remove the folder and all that is left in it."""
-        # The settings go last: as long as they lie there, a rerun knows what the rest is.
+        # The settings go last: only as long as they lie there does a rerun know whose the rest is.
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
+            elif path.name != STATE_FILE:
+                path.unlink()
         shutil.rmtree(self.folder)
+
+    def _is_foreign(self) -> bool:
+        """Whether something of that name, without settings, is not what a killed `claim` left."""
+        if not self.folder.is_dir():
+            return self.folder.exists()
+        return not all(path.match(f"{STATE_FILE}.[0-9]*") for path in self.folder.iterdir())
 
     def _described(self) -> dict[str, object]:
         fields = {

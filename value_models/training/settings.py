@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,29 @@ from value_models.training.objective import OBJECTIVES, Norm
 DTYPES = ("bfloat16", "float16", "float32")
 PRECISIONS = ("auto", "bfloat16", "float32")
 QUANTIZATIONS = ("8bit", "4bit")
+
+BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("above 0", lambda number: number > 0, ("beta", "epochs", "learning_rate")),
+    ("at least 0", lambda number: number >= 0, ("norm_weight", "kl_weight", "weight_decay")),
+    (
+        "at least 0 and below 1",
+        lambda number: 0 <= number < 1,
+        ("warmup_share", "held_out_share"),
+    ),
+    (
+        "at least 1",
+        lambda number: number >= 1,
+        (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation",
+            "max_length",
+            "held_out_steps",
+            "save_steps",
+        ),
+    ),
+)
+"""What numbers must be, and be finite: in words, as a test, and the fields that it is about."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,8 @@ class Settings:
     beta: float = 0.1
     """The reward of one logit, for the objectives that have one."""
     norm: Norm = "l1"
-    norm_weight: float = 0.0
+    norm_weight: float = 0.1
+    """Without the norm a network overrules what larger targets know (docs/study.md)."""
     kl_weight: float = 0.0
     """Weight of the KL divergence from the base, in nats per response token."""
 
@@ -107,12 +133,12 @@ class Settings:
             raise TrainingError(
                 f"default scale {self.default_scale}: a scale lies within +-{SCALE_LIMIT:g}"
             )
-        if not self.beta > 0:
-            raise TrainingError(f"beta {self.beta}: it must be positive")
-        if not 0 <= self.held_out_share < 1:
-            raise TrainingError(
-                f"held-out share {self.held_out_share}: it must be at least 0 and below 1"
-            )
+        for bound, holds, fields in BOUNDS:
+            for field in fields:
+                number = getattr(self, field)
+                if number is not None and not (math.isfinite(number) and holds(number)):
+                    name = field.replace("held_out", "held-out").replace("_", " ")
+                    raise TrainingError(f"{name} {number}: it must be {bound}, and finite")
         if self.held_out is not None and self.held_out_share:
             raise TrainingError("hold out a file or a share of the data, not both")
 

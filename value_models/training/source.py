@@ -70,7 +70,7 @@ def _read_dataset(data: str) -> Iterator[Line]:
     except ImportError as error:
         raise TrainingError(
             f"{data} is no file here, and to read it from the Hugging Face hub needs the package "
-            "datasets: pip install 'trimtab[datasets]'"
+            "datasets: pip install datasets"
         ) from error
     match = DATASET_NAME.fullmatch(data)
     assert match is not None

@@ -36,6 +36,19 @@ def test_sharegpt_may_name_the_system_prompt_beside_the_turns():
 
 
 @pytest.mark.parametrize(
+    "line", [rb'"\ud800"', b'"\xed\xa0\x80"', rb'[{"type": "text", "text": "\udc00"}]']
+)
+def test_lone_surrogates_are_named(line):
+    line = b'{"messages": [{"role": "user", "content": ' + line + b"}]}"
+    with pytest.raises(TrainingError, match=r"^a\.jsonl:7: text that cannot be encoded as UTF-8"):
+        parse(line, "a.jsonl:7")
+
+
+def test_surrogate_pairs_are_text():
+    assert parsed(messages=[{"role": "user", "content": "🚢"}]).messages[0].text == "🚢"
+
+
+@pytest.mark.parametrize(
     ("fields", "place"),
     [
         ({"conversations": []}, "conversations"),

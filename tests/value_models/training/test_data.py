@@ -212,3 +212,16 @@ def test_a_share_is_held_out_the_same_way_each_time(tmp_path):
     assert list(data.split(0.25, seed=2)[1]) != list(held_out)
     with pytest.raises(TrainingError, match="none to train on"):
         data.split(0.999, seed=1)
+
+
+def test_a_response_that_adds_no_token_is_left_out_and_counted(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    silent = ASSISTANT | {"content": ""}
+    example, dropped = encoded(USER, silent, tokenizer=tokenizer)
+    assert example is None
+    assert dropped == {"with empty responses only": 1}
+    example, dropped = encoded(USER, silent, USER, ASSISTANT, tokenizer=tokenizer)
+    assert labelled_text(example) == ASSISTANT["content"]
+    assert not dropped

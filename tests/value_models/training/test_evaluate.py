@@ -68,6 +68,31 @@ def test_what_is_no_network_is_refused(places: Path) -> None:
         evaluate(places / "base", str(places / "base"), places / "data.jsonl")
 
 
+def test_an_unknown_kind_is_refused(places: Path) -> None:
+    folder = make_network(places / "unknown", hidden_size=32, heads=1, kind="contrast")
+    with pytest.raises(TrainingError, match=r"unknown kind 'contrast'.*residual, cascade"):
+        evaluate(folder, str(places / "base"), places / "data.jsonl")
+
+
+def test_a_batch_has_a_conversation(places: Path) -> None:
+    with pytest.raises(TrainingError, match="batch size 0"):
+        evaluate(places / "none", str(places / "base"), places / "data.jsonl", batch_size=0)
+
+
+def test_the_networks_chat_template_serves_a_base_without_one(places: Path) -> None:
+    folder = make_network(places / "templated", hidden_size=32, heads=1)
+    bare = make_model(places / "bare", vocab_size=544)
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    tokenizer.chat_template = None
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(bare)
+    data = places / "data.jsonl"
+    assert evaluate(folder, str(bare), data) == evaluate(folder, str(places / "base"), data)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(TrainingError, match=r"neither .* has a chat template"):
+        evaluate(folder, str(bare), data)
+
+
 def test_the_command(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_network(places / "command", hidden_size=32, heads=1)
     parser = argparse.ArgumentParser()

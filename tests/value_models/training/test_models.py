@@ -7,7 +7,7 @@ import torch
 from tests.models import make_model
 from value_models.connection import CONNECTIONS
 from value_models.training import TrainingError
-from value_models.training.models import connect, load_base, load_network
+from value_models.training.models import connect, has_fast_bfloat16, load_base, load_network
 from value_models.training.settings import Settings
 
 CPU = torch.device("cpu")
@@ -68,3 +68,14 @@ def test_what_needs_a_gpu_says_so(settings, options):
     (option,) = options
     with pytest.raises(TrainingError, match=f"--{option.replace('_', '-')}.*GPU"):
         load_base(replace(settings, **options), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_emulated_bfloat16_is_not_fast(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: native or including_emulation,
+    )
+    assert has_fast_bfloat16() == native

@@ -3,6 +3,7 @@ import random
 import time
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +107,48 @@ def test_killed_while_it_claimed_its_folder_it_begins_again(settings):
     State(settings).claim(["some"])
     with pytest.raises(TrainingError, match="other settings or data"):
         State(settings).claim(["other"])
+
+
+def test_a_folder_of_somebody_is_left_alone(settings):
+    state = State(settings)
+    own = state.folder / "checkpoint-1" / "thesis.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    with pytest.raises(TrainingError, match="no folder of an unfinished run"):
+        state.claim(["some"])
+    settings.out.mkdir()
+    with pytest.raises(TrainingError, match="already there"):
+        state.is_finished()
+    assert own.read_text() == "mine"
+
+
+def test_a_file_in_the_way_is_left_alone(settings):
+    State(settings).folder.write_text("mine")
+    with pytest.raises(TrainingError, match="no folder of an unfinished run"):
+        State(settings).claim(["some"])
+
+
+def test_killed_at_any_moment_of_tidying_up_it_still_knows_its_network(settings, monkeypatch):
+    """The settings are the last file to go."""
+    state = State(settings)
+    state.claim(["some"])
+    settings.out.mkdir()
+    for name in ("a.bin", "z.bin", f"{STATE_FILE}.123"):
+        (state.folder / name).write_text("")
+    (state.folder / "checkpoint-1").mkdir()
+
+    def killed(folder: Path) -> None:
+        if folder == state.folder:
+            raise KeyboardInterrupt
+        folder.rmdir()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("value_models.training.resume.shutil.rmtree", killed)
+        state.remove()
+    assert [path.name for path in state.folder.iterdir()] == [STATE_FILE]
+    assert State(settings).is_finished()
+    state.remove()
+    assert not state.folder.exists()
 
 
 def test_logs_may_move_while_a_run_is_interrupted(settings, tmp_path):
