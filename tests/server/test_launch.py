@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.launch import LaunchError, prepare
-from server.settings import Settings
+from server.settings import ENVIRONMENT_VARIABLE, Settings
 from tests.models import (
     OTHER_TEXT,
     make_mapped_network,
@@ -24,6 +24,7 @@ from value_models.store import NetworkError
 def environment() -> Iterator[None]:
     """Undo what is set for the processes that vLLM would start."""
     before = dict(os.environ)
+    os.environ.pop(ENVIRONMENT_VARIABLE, None)
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -42,7 +43,7 @@ def qa(checkpoints: Path) -> str:
 def refusal(*arguments: object) -> str:
     with pytest.raises((LaunchError, NetworkError)) as refused:
         prepare([str(argument) for argument in arguments])
-    assert "TRIMTAB_SETTINGS" not in os.environ
+    assert ENVIRONMENT_VARIABLE not in os.environ
     return str(refused.value)
 
 
@@ -196,7 +197,7 @@ def test_names_are_unique(target: str, qa: str) -> None:
 
 
 def test_a_target_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    assert "tokenizer of" in refusal(tmp_path)
+    assert "the target's tokenizer: " in refusal(tmp_path)
 
 
 def test_a_network_may_bring_an_example(target: str, qa: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.server.worker.engine import Ask, guided_engine
 from value_models.training.train import Settings, train
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+@pytest.mark.parametrize("architecture", ["mistral", "qwen3", "gemma"])
 def test_a_trained_network_serves(architecture: str, tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", architecture=architecture, vocab_size=544)
     # Some model types have a tokenizer class with ids of its own, which real checkpoints hold.
