@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,8 +75,9 @@ def test_knowledge_asks_for_each_value_and_nothing_else(monkeypatch):
         ]
 
     monkeypatch.setattr(evaluate, "complete", know_all)
-    assert knowledge(None, None, [person], as_record=False) == Score(6, 6)
-    assert knowledge(None, None, [person], as_record=True) == Score(6, 6)
+    tokenizer = SimpleNamespace(bos_token="<|document|>")
+    assert knowledge(None, tokenizer, [person], as_record=False) == Score(6, 6)
+    assert knowledge(None, tokenizer, [person], as_record=True) == Score(6, 6)
     for prompt, value in zip(prompts, [*person.facts.values()] * 2, strict=True):
         assert value not in prompt.split(person.name)[1]
 
