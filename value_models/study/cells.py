@@ -9,12 +9,13 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from value_models.demo.evaluate import Score, knowledge
+from value_models.demo.demonstrations import Question
+from value_models.demo.evaluate import Score, knowledge, questions_about
 from value_models.guided import Guide, MappedGuide, NetworkGuide, PairGuide
 from value_models.store import check_network
 from value_models.study.family import NAMES, base_path, load_base
 from value_models.study.maps import load_map
-from value_models.study.measure import accuracy
+from value_models.study.measure import accuracy, answers
 from value_models.study.recipes import RECIPES, SEEDS, network_path, tuned_path
 from value_models.vocabulary.align import MapMethod
 
@@ -71,6 +72,14 @@ def measure(cell: Cell, folder: Path) -> Score:
     if cell.method == "tuned":
         base = base.with_model(_load(tuned_path(cell.base, cell.seed, folder)))
     return accuracy(base, list(_guides(cell, folder)))
+
+
+def wrong_answers(cell: Cell, folder: Path) -> list[tuple[Question, str]]:
+    """What a guided base was asked and did not answer right, and what it said."""
+    base = load_base(cell.base, folder / "bases")
+    questions = questions_about(base.people)
+    said = answers(base, list(_guides(cell, folder)), questions)
+    return [(q, text) for q, text in zip(questions, said, strict=True) if text != q.answer("qa")]
 
 
 def _guides(cell: Cell, folder: Path) -> Iterator[Guide]:

@@ -2,8 +2,10 @@
 
     python -m value_models.study [--out DIR] [--workers N] [--report DIR]
     python -m value_models.study --results docs/study/results.json --report docs/study
+    python -m value_models.study --wrong twice
 
-The first goes on where it was interrupted; the second only reports again.
+The first goes on where it was interrupted; the second only reports again; the third shows the
+mistakes of a target that the first has steered.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -24,7 +27,7 @@ import torch
 import transformers
 
 from value_models.study import report
-from value_models.study.cells import Cell, cells, measure
+from value_models.study.cells import Cell, cells, measure, wrong_answers
 from value_models.study.family import NAMES, make_base
 from value_models.study.maps import make_maps
 from value_models.study.recipes import RECIPES, SEEDS, fine_tune, train_network, write_data
@@ -112,6 +115,14 @@ def _settle_in() -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
+def _show_wrong(cell: Cell, folder: Path) -> None:
+    wrong = wrong_answers(cell, folder)
+    for question, said in wrong:
+        print(f"{question.text} {said!r}")
+    counts = Counter(question.relation for question, _ in wrong)
+    print(f"{len(wrong)} wrong: " + ", ".join(f"{n} {what}" for what, n in counts.most_common()))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run or report; the tables also go to stdout."""
     parser = argparse.ArgumentParser(prog="python -m value_models.study")
@@ -126,7 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--report", type=Path, help="tables and plots (default: in OUT)")
     parser.add_argument("--results", type=Path, help="report these, and measure nothing")
+    parser.add_argument(
+        "--wrong", choices=NAMES, help="show what this target, guided, has wrong (seed 0)"
+    )
     args = parser.parse_args(arguments)
+    if args.wrong:
+        _show_wrong(Cell(args.wrong, "network", "residual"), args.out)
+        return 0
     if args.results:
         results = report.Results(load_results(args.results))
     else:

@@ -57,3 +57,20 @@ def test_every_cell_can_be_made_and_the_report_needs_no_other(tmp_path: Path) ->
     first, second = plot(results, tmp_path / "a"), plot(results, tmp_path / "b")
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_wrong_answers_are_shown_and_counted(
+    small_study: list[Cell],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study.make(tmp_path, workers=1)
+    recipes.network_path("cascade+", 0, tmp_path).rename(
+        recipes.network_path("residual", 0, tmp_path)
+    )
+    assert study.main(["--out", str(tmp_path), "--wrong", "small"]) == 0
+    *shown, last = capsys.readouterr().out.splitlines()
+    right = round(12 * study.measure(Cell("small", "network", "residual"), tmp_path).share)
+    assert last.startswith(f"{12 - right} wrong: ")
+    assert len(shown) >= 12 - right
