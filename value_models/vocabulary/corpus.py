@@ -27,7 +27,8 @@ def read_texts(files: Iterable[Path]) -> Iterator[str]:
                 if Path(file).suffix == ".jsonl":
                     for number, line in enumerate(lines, start=1):
                         for text in _contents(line, f"{file}:{number}"):
-                            yield from _pieces([text])
+                            # JSON can spell halves of characters, which no tokenizer reads.
+                            yield from _pieces([text.encode(errors="replace").decode()])
                 else:
                     yield from _pieces(lines)
         except OSError as error:

@@ -42,3 +42,9 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
     for file in (tmp_path / "none.txt", tmp_path):
         with pytest.raises(VocabularyError, match="cannot be read"):
             list(read_texts([file]))
+
+
+def test_halves_of_characters_are_replaced(tmp_path) -> None:
+    file = tmp_path / "halves.jsonl"
+    file.write_text('{"text": "a\\ud800b"}\n')
+    assert list(read_texts([file])) == ["a?b"]
