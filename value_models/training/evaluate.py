@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,7 +26,7 @@ from value_models.training import TrainingError
 from value_models.training.batches import Collator
 from value_models.training.data import load_demonstrations
 from value_models.training.measure import Metrics, measure
-from value_models.training.models import connect, context, load_pretrained
+from value_models.training.models import connect, context, load_pretrained, read_tokenizer
 
 
 def evaluate(
@@ -83,14 +82,14 @@ def evaluate(
 
 def _load_tokenizer(base: str, network: NetworkFolder) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer; the chat template is the network's where the base has none."""
-    tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, base)
+    tokenizer = read_tokenizer(base)
     if tokenizer_fingerprint(tokenizer) != network.manifest.tokenizer_fingerprint:
         raise TrainingError(
             f"{base} has another tokenizer than {network.path}; its demonstrations would be other "
             "tokens"
         )
     if not tokenizer.chat_template:
-        own = load_pretrained(AutoTokenizer, str(network.path))
+        own = read_tokenizer(str(network.path))
         if not own.chat_template:
             raise TrainingError(
                 f"neither {base} nor {network.path} has a chat template, so nothing says how a "

@@ -9,7 +9,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -19,6 +18,7 @@ from value_models.connection import CONNECTIONS
 from value_models.manifest import tokenizer_fingerprint
 from value_models.training import TrainingError
 from value_models.training.settings import Settings
+from value_models.vocabulary import tokens
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
@@ -27,12 +27,8 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     Raises:
         TrainingError: a tokenizer cannot be loaded, or base and start have different ones.
     """
-    tokenizers = {}
-    for model in {settings.base, settings.start or settings.base}:
-        try:
-            tokenizers[model] = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise TrainingError(f"{model}: no usable tokenizer ({_one_line(error)})") from error
+    models = {settings.base, settings.start or settings.base}
+    tokenizers = {model: read_tokenizer(model) for model in models}
     fingerprints = {tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers.values()}
     if len(fingerprints) > 1:
         raise TrainingError(
@@ -47,6 +43,19 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
             raise TrainingError(
                 f"{settings.chat_template}: cannot be read ({error.strerror})"
             ) from error
+    return tokenizer
+
+
+def read_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, the one whose fingerprint the server will ask for.
+
+    Raises:
+        TrainingError: it cannot be loaded.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = tokens.load_tokenizer(model)
+    except tokens.VocabularyError as error:
+        raise TrainingError(f"{model}: no usable tokenizer ({_one_line(error)})") from error
     return tokenizer
 
 
