@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.models import OTHER_TEXT, make_network, make_tokenizer
 from value_models.manifest import MANIFEST_FILE, tokenizer_fingerprint
-from value_models.store import NetworkError, Store, check_fits, check_network
+from value_models.store import (
+    DirectoryError,
+    NetworkError,
+    NoSuchNetwork,
+    Store,
+    check_fits,
+    check_network,
+)
 from value_models.vocabulary.align import align_vocabularies
 from value_models.vocabulary.tokens import Vocabulary
 
@@ -206,16 +214,88 @@ def test_a_config_without_a_usable_size(folder, value):
     assert "config.json" in refusal(folder)
 
 
-def test_links_out_of_the_folder_are_refused(folder, tmp_path):
-    outside = (folder / WEIGHTS).rename(tmp_path / "outside.safetensors")
-    (folder / WEIGHTS).symlink_to(outside)
-    assert "link out of the folder" in refusal(folder)
+@pytest.mark.parametrize("where", ["outside", "tab/inside", "/nowhere/at/all"])
+def test_links_are_refused(folder, tmp_path, where):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to(tmp_path / where)
+    if not where.startswith("/"):
+        (tmp_path / where).write_bytes(content)
+    assert f"{WEIGHTS} is a link" in refusal(folder)
 
 
-def test_a_link_that_leads_nowhere_is_refused(folder):
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.json").symlink_to("/nowhere/at/all")
-    assert "link out of the folder" in refusal(folder)
+def test_a_linked_sub_folder_is_refused(folder, tmp_path):
+    (tmp_path / "maps").mkdir()
+    (folder / "vocabulary_maps").symlink_to(tmp_path / "maps")
+    assert "vocabulary_maps is a link" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "notes"])
+def test_a_pipe_is_refused_and_not_waited_for(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert f"{name} is neither a file nor a folder" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"vocab_size": 300}, "vocab_size 300"),
+        ({"vocab_size": 1 << 40}, "vocab_size"),
+        ({"hidden_size": 8192}, "hidden_size 8,192"),
+        ({"num_hidden_layers": 80}, "num_hidden_layers 80"),
+        ({"num_hidden_layers": 1 << 30}, "num_hidden_layers"),
+        ({"num_key_value_heads": 2}, "KV heads * head size 64"),
+        ({"head_dim": 4096}, "KV heads * head size 4,096"),
+        ({"num_labels": 1 << 40}, "num_labels"),
+        ({"num_attention_heads": -1}, "config.json"),
+    ],
+)
+def test_a_config_that_the_weights_belie(folder, change, named):
+    edit_json(folder / "config.json", **change)
+    line = refusal(folder)
+    assert "config.json" in line and named in line
+
+
+def test_a_manifest_that_names_another_tokenizer_than_the_folders(folder):
+    make_tokenizer(OTHER_TEXT, 300).save_pretrained(folder)
+    line = refusal(folder)
+    assert MANIFEST_FILE in line and "put back the tokenizer" in line
+
+
+def test_a_folder_without_a_tokenizer_is_a_network(folder):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    assert check_network(folder).vocab_size == 512
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"version": "1.0"}'])
+def test_an_unreadable_tokenizer(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    assert "tokenizer" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocabulary_maps/a.safetensors"])
+def test_a_file_that_is_too_large_to_be_read_is_not_read(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    with (folder / name).open("ab") as file:
+        file.truncate(300 << 20)
+    assert "bytes, more than any network's" in refusal(folder)
+
+
+def test_without_the_version_neither_weights_nor_tokenizer_are_read(folder):
+    whole = check_network(folder)
+    make_tokenizer(OTHER_TEXT, 300).save_pretrained(folder)
+    quick = check_network(folder, with_version=False)
+    assert quick.version == "" and quick.at_version(whole.version) == whole
+
+
+def test_what_it_needs_for_its_cache_is_told(folder):
+    assert check_network(folder).kv_shape == (2, 1, 32)
+    config = json.loads((folder / "config.json").read_text())
+    del config["head_dim"], config["num_key_value_heads"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "KV heads * head size 64" in refusal(folder)  # 2 heads of 32, as transformers has it
 
 
 def shard(folder: Path) -> dict[str, str]:
@@ -268,6 +348,13 @@ def test_shards_without_an_index(folder):
     shard(folder)
     (folder / "model.safetensors.index.json").unlink()
     assert "model.safetensors.index.json" in refusal(folder)
+
+
+def test_one_shard_alone(folder):
+    shard(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "is one of several" in refusal(folder)
 
 
 def test_an_index_that_leads_out_of_the_folder(folder):
@@ -334,8 +421,7 @@ def test_a_map_under_another_name(folder):
 
 
 def test_a_map_to_more_than_the_network_has_logits_for(folder):
-    edit_json(folder / "config.json", vocab_size=300)
-    add_map(folder)
+    add_map(folder, num_value_ids=2000, value_prefix=(1999,))
     assert "no logits for" in refusal(folder)
 
 
@@ -348,7 +434,7 @@ def test_a_pickled_map(folder):
 def test_a_map_that_leads_out_of_the_folder(folder, tmp_path):
     file = add_map(folder)
     file.symlink_to(file.rename(tmp_path / "outside.safetensors"))
-    assert "link out of the folder" in refusal(folder)
+    assert "is a link" in refusal(folder)
 
 
 def test_a_kind_that_cannot_be_served_does_not_fit(folder):
@@ -374,6 +460,43 @@ def test_names_cannot_lead_out_of_the_store(folder, name):
         Store(folder.parent).check(name)
 
 
+def test_a_name_may_be_a_link_within_the_store_only(folder, tmp_path):
+    store = Store(folder.parent)
+    (store.directory / "alias").symlink_to("tab")
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    shutil.copytree(folder, outside)
+    (store.directory / "out").symlink_to(outside)
+    (store.directory / "loop").symlink_to("loop")
+    assert store.names() == ["alias", "tab"]
+    assert store.check("alias").path == folder
+    with pytest.raises(NetworkError, match="a link out of the directory"):
+        store.check("out")
+    with pytest.raises(NetworkError, match="symbolic links"):
+        store.check("loop")
+
+
+def test_what_is_not_there_is_told_from_what_is_bad(folder):
+    store = Store(folder.parent)
+    with pytest.raises(NoSuchNetwork, match="no such folder"):
+        store.check("nothing")
+    (folder / MANIFEST_FILE).write_text("{")
+    with pytest.raises(NetworkError) as caught:
+        store.check("tab")
+    assert not isinstance(caught.value, NoSuchNetwork)
+    (folder / MANIFEST_FILE).unlink()
+    with pytest.raises(NoSuchNetwork, match="no value_network"):
+        store.check("tab")
+
+
 def test_a_store_needs_a_directory(tmp_path):
-    with pytest.raises(NetworkError, match="no such directory"):
+    with pytest.raises(DirectoryError, match="no such directory"):
         Store(tmp_path / "nothing")
+
+
+def test_a_store_that_goes_away(folder, tmp_path):
+    store = Store(folder.parent)
+    folder.parent.rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    with pytest.raises(DirectoryError, match="cannot be read"):
+        store.names()
+    with pytest.raises(DirectoryError, match="no such directory"):
+        store.check("tab")
