@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server.launch import MODULE, add_options
-
 SERVE_DESCRIPTION = """\
 Serve MODEL, steered per request by value networks, over OpenAI's API.
 
@@ -19,8 +17,9 @@ examples:
   trimtab serve Qwen/Qwen2.5-7B --value-network chat=./networks/chat --max-model-len 8192
   trimtab serve ./target --value-network-dir ./networks --host 0.0.0.0 --api-key sesame
 
-environment, on a CPU:
-  VLLM_CPU_KVCACHE_SPACE   GiB for the target's KV cache (2 unless set)
+environment:
+  TRIMTAB_ADMIN_API_KEY    the key to management, as --admin-api-key
+  VLLM_CPU_KVCACHE_SPACE   on a CPU, GiB for the target's KV cache (2 unless set)
 
 Exits with 0 after a clean stop (SIGTERM, Ctrl-C), 1 after a failure, 2 if it cannot start as asked.
 """
@@ -39,6 +38,10 @@ def main() -> None:
             raise SystemExit(align(arguments))
         case ["check", *arguments]:
             raise SystemExit(check(arguments))
+        case ["publish", *arguments]:
+            raise SystemExit(publish(arguments))
+        case ["networks", *arguments]:
+            raise SystemExit(networks(arguments))
     parser = argparse.ArgumentParser(
         prog="trimtab", description="Serve a large language model, steered by value networks."
     )
@@ -54,11 +57,15 @@ COMMANDS = {
     "evaluate": "measure how well a value network guides a model, offline",
     "align": "map a value network's vocabulary to another target's",
     "check": "check a value network's folder without loading it",
+    "publish": "put a value network into a store, at once and whole",
+    "networks": "see, load and unload the value networks of a running server",
 }
 
 
 def serve(arguments: list[str]) -> int:
     """`trimtab serve`: start vLLM's server and watch over it. Returns the exit code."""
+    from server.launch import MODULE, add_options
+
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--verbose", action="store_true", help="show vLLM's log here")
     own.add_argument(
@@ -161,6 +168,45 @@ def check(arguments: list[str]) -> int:
         through = "its own tokenizer" if target == own else "a vocabulary map"
         print(f"  {'target':<11}{options.target} fits, through {through}")
     return 0
+
+
+def publish(arguments: list[str]) -> int:
+    """`trimtab publish`: copy a network into a store, so that it is there whole or not at all."""
+    parser = argparse.ArgumentParser(
+        prog="trimtab publish",
+        description="Copy the value network in DIR into a store, after checking it. Servers of "
+        "that store see the old folder or the new one, never a part; what they have loaded stays "
+        "until it is loaded anew (`trimtab networks load`).",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--store", type=Path, required=True, metavar="STORE", help="the --value-network-dir"
+    )
+    parser.add_argument("--name", metavar="NAME", help="its name there (default: DIR's own)")
+    options = parser.parse_args(arguments)
+
+    from value_models.publish import publish as publish_network
+    from value_models.store import NetworkError
+
+    try:
+        network = publish_network(options.folder, options.store, options.name)
+    except NetworkError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{network.name}@{network.version} is in {options.store}")
+    print(f"Servers load it on demand; `trimtab networks load {network.name}` loads or replaces it")
+    return 0
+
+
+def networks(arguments: list[str]) -> int:
+    """`trimtab networks`: manage a running server's networks. Returns the exit code."""
+    from server import networks_command
+
+    parser = argparse.ArgumentParser(
+        prog="trimtab networks", description=networks_command.DESCRIPTION
+    )
+    networks_command.add_arguments(parser)
+    return networks_command.main(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

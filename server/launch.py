@@ -17,12 +17,14 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, NoReturn
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from server.settings import Settings
+from server import run_directory
+from server.initial import LaunchError, Memory, copy_networks, plan
+from server.lifecycle.staging import is_mapped
+from server.settings import Settings, instance_id, key_digest
 from value_models.manifest import tokenizer_fingerprint
-from value_models.store import NetworkError, NetworkFolder, Store, check_fits, check_network
-from value_models.vocabulary.reading import Reader
+from value_models.store import NetworkError, NetworkFolder
 from value_models.vocabulary.tokens import VocabularyError, load_tokenizer
 
 MODULE = "server.launch"
@@ -30,10 +32,7 @@ REPORT_FD = "TRIMTAB_REPORT_FD"
 SHUTDOWN_SECONDS = 30
 CPU_KV_CACHE_GB = 2
 EXAMPLE = "Hello!"
-
-
-class LaunchError(ValueError):
-    """A flag or a setting of the environment that cannot be honoured."""
+ADMIN_KEY_VARIABLE = "TRIMTAB_ADMIN_API_KEY"
 
 
 class Refused(BaseModel):
@@ -59,6 +58,8 @@ class Launched(BaseModel):
     shutdown_timeout: int
     notes: list[str]
     """What a person should know besides."""
+    run_dir: Path | None = None
+    """To be removed when the server has ended."""
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -74,14 +75,45 @@ def add_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--value-network-dir",
         metavar="DIR",
-        help="serve every value network in DIR under its folder's name",
+        help="a store of value networks, one folder each: those that were loaded when the server "
+        "last ran, or at first all that fit, are served under their folders' names",
     )
     group.add_argument(
-        "--value-cache-gb",
+        "--value-memory-gb",
         type=float,
-        default=Settings.model_fields["value_cache_gb"].default,
+        default=Settings.model_fields["value_memory_gb"].default,
         metavar="GB",
-        help="memory for all value networks' KV cache, in GiB per worker (default: %(default)s)",
+        help="memory for the weights and KV cache of all value networks, in GiB per worker "
+        "(default: %(default)g)",
+    )
+    group.add_argument(
+        "--no-load-on-demand",
+        action="store_true",
+        help="answer 404 to requests for a network that is in the store but not loaded",
+    )
+    group.add_argument(
+        "--load-timeout",
+        type=float,
+        default=Settings.model_fields["load_timeout"].default,
+        metavar="SECONDS",
+        help="how long a request waits for a network that is loaded for it (default: %(default)g)",
+    )
+    group.add_argument(
+        "--evict-idle",
+        action="store_true",
+        help="let a load that does not fit unload networks that nobody uses, longest idle first",
+    )
+    group.add_argument(
+        "--state-file",
+        metavar="FILE",
+        help="remembers which networks of the store are loaded (default: one for this store, host "
+        "and port, in $XDG_STATE_HOME/trimtab or ~/.local/state/trimtab)",
+    )
+    group.add_argument(
+        "--admin-api-key",
+        metavar="KEY",
+        help="the key that opens /admin; without one it answers this machine only. The environment "
+        f"variable {ADMIN_KEY_VARIABLE} keeps it out of the list of processes",
     )
     group.add_argument(
         "--max-body-mb",
@@ -153,24 +185,44 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # it has another processor interface
 
     notes = _settle_compilation(args)
-    networks = _check_networks(args)
-    _refuse_taken_names(args, networks)
+    keys = _take_keys(args)
+    taken = _taken_names(args)
+    planned = plan(args, taken, notes)
     tokenizer = _target_tokenizer(args)
-    settings = Settings(
-        networks={network.name: network.path for network in networks},
+    settings = _settings(
+        networks={},
         key=token_hex(32),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        value_cache_gb=args.value_cache_gb,
+        store=planned.store and planned.store.directory,
+        value_memory_gb=args.value_memory_gb,
         max_body_bytes=int(args.max_body_mb * 2**20),
+        evict_idle=args.evict_idle,
+        load_on_demand=not args.no_load_on_demand,
+        load_timeout=args.load_timeout,
+        state_file=planned.state_file,
+        withheld=planned.withheld,
+        **keys,
     )
-    for network in networks:
-        _check_fits(network, settings.tokenizer_fingerprint)
+    run_dir = _make_run_directory(settings)
+    settings = settings.model_copy(update={"run_dir": run_dir})
+    try:
+        chosen = copy_networks(planned, settings, taken, _memory(args, settings), notes)
+    except BaseException:
+        run_directory.remove(run_dir)
+        raise
+    settings = settings.model_copy(
+        update={
+            "networks": {name: network.path for name, network in chosen.networks.items()},
+            "sources": chosen.sources,
+            "unloadable": chosen.unloadable,
+        }
+    )
     settings.export()
     # Guidance first: the user's own processors then see guided logits as the model's.
     args.logits_processors = [LOGITS_PROCESSOR, *(args.logits_processors or [])]
     args.worker_extension_cls = WORKER_EXTENSION
     chats = bool(args.chat_template or tokenizer.chat_template)
-    return args, _describe(args, settings, networks, chats, notes)
+    return args, _describe(args, settings, list(chosen.networks.values()), chats, notes)
 
 
 def _die_with_parent() -> None:
@@ -273,48 +325,67 @@ def _settle_compilation(args: Namespace) -> list[str]:
     ]
 
 
-def _check_networks(args: Namespace) -> list[NetworkFolder]:
-    """Check every network that the flags name. Raises `NetworkError` or `LaunchError`."""
-    networks = []
-    for option in args.value_network:
-        name, given, folder = option.partition("=")
-        if not given or not folder:
-            raise LaunchError(f"--value-network {option}: write NAME=DIR, as in qa=./networks/qa")
-        networks.append(check_network(Path(folder), name))
-    if args.value_network_dir is not None:
-        store = Store(args.value_network_dir)
-        names = store.names()
-        if not names:
-            raise LaunchError(f"--value-network-dir {store.directory}: holds no value network")
-        networks += [store.check(name) for name in names]
-    return networks
+def _settings(**fields: Any) -> Settings:
+    try:
+        return Settings(**fields)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        flag = str(fault["loc"][0]).replace("_", "-").replace("max-body-bytes", "max-body-mb")
+        raise LaunchError(f"--{flag} {fault['input']}: {fault['msg']}") from None
 
 
-def _check_fits(network: NetworkFolder, target_fingerprint: str) -> None:
-    """Raise `NetworkError` or `LaunchError` if a network cannot steer this target."""
-    check_fits(network, target_fingerprint)
-    if _is_mapped(network, target_fingerprint):
-        try:
-            Reader.load(network.path, target_fingerprint)
-        except VocabularyError as error:
-            raise LaunchError(f"value network {network.name!r}: {error}") from error
+def _take_keys(args: Namespace) -> dict[str, Any]:
+    """Return the digests of the keys, and leave the admin's where no log and no child finds it."""
+    from vllm import envs
+
+    admin_key = args.admin_api_key
+    from_environment = os.environ.pop(ADMIN_KEY_VARIABLE, None)
+    args.admin_api_key = None
+    if admin_key == "":
+        raise LaunchError("--admin-api-key is empty; leave it out, or give a key")
+    admin_key = admin_key or from_environment
+    client_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    if admin_key and admin_key in client_keys:
+        raise LaunchError("--admin-api-key is a client's key too; clients must not manage networks")
+    return {
+        "admin_key_digest": key_digest(admin_key) if admin_key else None,
+        "client_key_digests": tuple(map(key_digest, client_keys)),
+    }
 
 
-def _is_mapped(network: NetworkFolder, target_fingerprint: str) -> bool:
-    """Whether a network has another vocabulary than the target."""
-    return network.manifest.tokenizer_fingerprint != target_fingerprint
+def _make_run_directory(settings: Settings) -> Path:
+    # Checkpoints may have twice the bytes that they take in memory, and versions come and go.
+    num_bytes = int(2 * settings.value_memory_gb * 2**30)
+    try:
+        return run_directory.create(instance_id(settings.key), num_bytes)
+    except OSError as error:
+        raise LaunchError(f"no directory for the server's own files can be made: {error}") from None
 
 
-def _refuse_taken_names(args: Namespace, networks: list[NetworkFolder]) -> None:
+def _memory(args: Namespace, settings: Settings) -> Memory:
+    itemsize = 4 if args.dtype in ("float", "float32") else 2
+    total = int(settings.value_memory_gb * 2**30)
+    return Memory(total, itemsize, args.tensor_parallel_size, _target_context(args))
+
+
+def _target_context(args: Namespace) -> int | None:
+    """The longest context of the target in tokens; None if only vLLM can tell."""
+    if isinstance(args.max_model_len, int) and args.max_model_len > 0:
+        return args.max_model_len
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+        context = config.get_text_config().max_position_embeddings
+    except Exception:  # of code in the checkpoint, of a format that is vLLM's own, ...
+        return None
+    return context if isinstance(context, int) else None
+
+
+def _taken_names(args: Namespace) -> dict[str, str]:
+    """Names that no value network may have -> whose they are."""
     taken = {name: "the target's" for name in args.served_model_name or [args.model]}
-    taken |= {module.name: "a LoRA adapter's" for module in args.lora_modules or []}
-    for network in networks:
-        if network.name in taken:
-            raise LaunchError(
-                f"the value network's name {network.name!r} is {taken[network.name]} too; "
-                "clients choose by name, so give it another"
-            )
-        taken[network.name] = "another value network's"
+    return taken | {module.name: "a LoRA adapter's" for module in args.lora_modules or []}
 
 
 def _target_tokenizer(args: Namespace) -> Any:
@@ -352,6 +423,7 @@ def _describe(
         example=example or EXAMPLE,
         shutdown_timeout=args.shutdown_timeout,
         notes=notes,
+        run_dir=settings.run_dir,
     )
 
 
@@ -359,7 +431,7 @@ def _line(network: NetworkFolder, target_fingerprint: str) -> str:
     return (
         f"{network.name}@{network.version}, {network.manifest.kind}, "
         f"{network.num_parameters:,} parameters"
-        f"{', through a vocabulary map' if _is_mapped(network, target_fingerprint) else ''}"
+        f"{', through a vocabulary map' if is_mapped(network, target_fingerprint) else ''}"
     )
 
 

@@ -10,6 +10,7 @@
 Reads vLLM 0.32's `AsyncLLM`, `OpenAIServingModels` and `OpenAIServingResponses`.
 """
 
+import logging
 import threading
 import time
 from argparse import Namespace
@@ -21,13 +22,19 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GenerationError
 
+from server.api.admin import AdminGate, attach_admin
 from server.api.errors import ApiError, respond
 from server.api.generation import CURRENT, GenerationDoor
+from server.api.metrics import extend_metrics
 from server.api.middleware import RequestGate, Traffic
+from server.api.robustness import Unbreakable
 from server.api.routes import GUIDED_PATHS, Service, take_over
 from server.api.vocabularies import Vocabularies
-from server.catalog import Catalog
 from server.failure_token import choose_failure_token
+from server.lifecycle.catalog import Catalog
+from server.lifecycle.leases import Leases
+from server.lifecycle.lifecycle import Lifecycle
+from server.lifecycle.staging import Stager
 from server.settings import Settings, cut_off_marker
 
 LOGITS_PROCESSOR = "server.worker.processor:ValueGuidance"
@@ -52,33 +59,44 @@ class ValueGuidanceEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_exception_handler(ApiError, respond)
+        app.add_middleware(Unbreakable, client_errors=(ValueError,))
         app.add_middleware(
             RequestGate,
             guided_paths=GUIDED_PATHS,
-            catalog=lambda: self._service.catalog if self._service else None,
+            offers=lambda name: self._service is not None and self._service.lifecycle.offers(name),
             traffic=self._traffic,
             max_body_bytes=self._settings.max_body_bytes,
         )
+        app.add_middleware(AdminGate, settings=self._settings)  # outermost: added last
         take_over(app, self._connected)
+        attach_admin(app, self._connected)
+        extend_metrics(app, lambda: self._connected().lifecycle.worker_status())
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
         assert engine_client is not None  # required_tasks keeps the engineless render server out
 
-        async def call_workers(method: str) -> list[Any]:
+        async def call_workers(method: str, *args: Any) -> list[list[Any]]:
             # `engine_client.collective_rpc` answers for the first data-parallel engine only.
-            replies = await engine_client.engine_core.call_utility_all_async(
-                "collective_rpc", method, None, (), None
+            replies: list[list[Any]] = await engine_client.engine_core.call_utility_all_async(
+                "collective_rpc", method, None, args, None
             )
-            return [reply for engine in replies for reply in engine]
+            return replies
 
-        catalog = Catalog(call_workers)
-        await catalog.attach()
+        _show_log()
+        assert self._settings.run_dir is not None  # `trimtab serve` makes one
+        catalog, leases = Catalog(call_workers), Leases(self._settings.run_dir)
+        stager = Stager(self._settings)
+        stager.start()
+        names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
+        lifecycle = Lifecycle(self._settings, catalog, leases, stager, names)
+        await lifecycle.start()
         door = GenerationDoor(
             engine_client.generate,
             catalog,
-            Vocabularies(self._settings),
+            leases,
+            Vocabularies(catalog, self._settings.tokenizer_fingerprint),
             self._settings.key,
             engine_client.model_config.max_model_len,
             GenerationError,
@@ -88,10 +106,11 @@ class ValueGuidanceEndpoints:
         _admit_prompts(engine_client, door)
         _check_before_streaming(state, door)
         _answer_to_networks_names(state)
-        names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         self._service = Service(
             settings=self._settings,
             catalog=catalog,
+            leases=leases,
+            lifecycle=lifecycle,
             target=names[0],
             target_names=names,
             failure_token_id=_failure_token(engine_client),
@@ -174,6 +193,13 @@ def _failure_token(engine_client: EngineClient) -> int:
     tokenizer = engine_client.get_tokenizer()
     stop_token_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}
     return choose_failure_token(tokenizer, model_config.get_vocab_size(), stop_token_ids)
+
+
+def _show_log() -> None:
+    """Put trimtab's own lines where vLLM's are, and as they are."""
+    ours, vllms = logging.getLogger("trimtab"), logging.getLogger("vllm")
+    ours.handlers, ours.propagate = vllms.handlers, vllms.propagate
+    ours.setLevel(logging.INFO)
 
 
 def endpoint_plugin() -> ValueGuidanceEndpoints:

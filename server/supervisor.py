@@ -20,6 +20,7 @@ import httpx
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from server import run_directory
 from server.api.routes import STATUS_PATH
 from server.launch import MODULE, REPORT_FD, Launched, Refused
 from server.settings import cut_off_marker, instance_id
@@ -56,13 +57,17 @@ class Supervisor:
             return 2
         if report is None:
             return self._ended(None, ready=False)
-        self._introduce(report)
-        with self._waiting("Loading"):
-            ready = self._wait_until_ready(report)
-        if ready:
-            self._announce(report, time.monotonic() - started)
-        self._wait(report.shutdown_timeout)
-        return self._ended(report, ready)
+        try:
+            self._introduce(report)
+            with self._waiting("Loading"):
+                ready = self._wait_until_ready(report)
+            if ready:
+                self._announce(report, time.monotonic() - started)
+            self._wait(report.shutdown_timeout)
+            return self._ended(report, ready)
+        finally:
+            if report.run_dir is not None:
+                run_directory.remove(report.run_dir)
 
     def _start(self) -> Launched | Refused | None:
         """Start the child and read its report; None if it ended, or was stopped, without one."""
@@ -183,10 +188,11 @@ class Supervisor:
             body: dict[str, object] = {
                 "model": model,
                 "messages": [{"role": "user", "content": launched.example}],
+                "temperature": 0,
             }
         else:
             path = "/v1/completions"
-            body = {"model": model, "prompt": launched.example, "max_tokens": 64}
+            body = {"model": model, "prompt": launched.example, "max_tokens": 64, "temperature": 0}
         socket = f"--unix-socket {shlex.quote(launched.uds)} " if launched.uds else ""
         curl = f"curl {socket}{launched.url}{path} -d {shlex.quote(json.dumps(body))}"
         self._say(f"Ready after {seconds:.0f} s: {where}")

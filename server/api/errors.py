@@ -1,5 +1,6 @@
 """Errors that clients see, and the one place that turns them into HTTP."""
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -7,9 +8,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 ERROR_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "AuthenticationError",
+    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
     HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.CONFLICT: "ConflictError",
     HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
     HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
+    HTTPStatus.INSUFFICIENT_STORAGE: "InsufficientStorageError",
 }
 """vLLM's names, so that trimtab's errors and vLLM's read alike; any other is a BadRequestError."""
 
@@ -21,11 +26,18 @@ class ApiError(Exception):
     instead of being listed among the validation errors of every other branch of a union.
     """
 
-    def __init__(self, status: HTTPStatus, message: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: HTTPStatus,
+        message: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
+        self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """The OpenAI-shaped body."""
@@ -39,7 +51,7 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), status_code=self.status)
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:

@@ -8,13 +8,16 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 from server.api.errors import ApiError, bad_request
+from server.api.metrics import count_tokens
 from server.api.selection import failure_message
 from server.api.vocabularies import Vocabularies
-from server.catalog import Catalog, Network, UnknownNetwork, WorkerError
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, unseal
+from server.lifecycle.catalog import Catalog, Network, UnknownNetwork, WorkerError
+from server.lifecycle.leases import Leases
 
 
 @dataclass
@@ -47,6 +50,7 @@ class GenerationDoor:
         self,
         generate: Generate,
         catalog: Catalog,
+        leases: Leases,
         vocabularies: Vocabularies,
         key: str,
         max_model_len: int,
@@ -55,6 +59,7 @@ class GenerationDoor:
         """`failed` makes the exception that vLLM's handlers report as an internal error."""
         self._generate = generate
         self._catalog = catalog
+        self._leases = leases
         self._vocabularies = vocabularies
         self._key = key
         self._max_model_len = max_model_len
@@ -118,14 +123,16 @@ class GenerationDoor:
             return
         for network in self._networks(request.networks):
             if network.mapped:
-                length = await self._vocabularies.count_in_background(
-                    network.name, _token_ids(prompt)
-                )
+                length = await self._vocabularies.count_in_background(network, _token_ids(prompt))
                 _refuse_long(network, length)
         request.admitted.append(prompt)
 
     def _networks(self, chosen: Iterable[ChosenNetwork]) -> list[Network]:
-        return [self._catalog.find(str(network)) for network in chosen]
+        """Return the very versions that a request was accepted with. Raises `ApiError`."""
+        try:
+            return [self._catalog.resident(str(network)) for network in chosen]
+        except UnknownNetwork as error:
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}; send it again") from None
 
     def _room(self, request: GuidedRequest, prompt: Any) -> int:
         """Return how many tokens the networks can read after `prompt`, if that is enough.
@@ -141,7 +148,7 @@ class GenerationDoor:
         for network in self._networks(request.networks):
             if network.mapped:
                 if not any(prompt is admitted for admitted in request.admitted):
-                    _refuse_long(network, self._vocabularies.count(network.name, token_ids))
+                    _refuse_long(network, self._vocabularies.count(network, token_ids))
                 continue
             if asked > network.max_context - length:
                 raise bad_request(
@@ -170,21 +177,32 @@ class GenerationDoor:
 
     def _scores(self, network: Network, token_id: int) -> bool:
         if network.mapped:
-            return self._vocabularies.scores(network.name, token_id)
+            return self._vocabularies.scores(network, token_id)
         return token_id < network.vocab_size
 
     async def _watch(
         self, outputs: AsyncGenerator[Any, None], choice: Choice, request: GuidedRequest
     ) -> AsyncGenerator[Any, None]:
-        async with aclosing(outputs):
-            async for output in outputs:
-                ended = [o for o in output.outputs if o.stop_reason == choice.failure_token_id]
-                if ended and (failure := await self._failure(choice)) is not None:
-                    request.error = self._failed(failure)
-                    raise request.error
-                for completion in ended:
-                    _end_at_length(completion)
-                yield output
+        # vLLM gives up a request whose client has left in a task of its own, which may outlive the
+        # call that holds the route's lease.
+        lease = self._leases.take(map(str, choice.networks))
+        num_tokens = 0
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    ended = [o for o in output.outputs if o.stop_reason == choice.failure_token_id]
+                    if ended and (failure := await self._failure(choice)) is not None:
+                        request.error = self._failed(failure)
+                        raise request.error
+                    for completion in ended:
+                        _end_at_length(completion)
+                    # Handlers ask for what is new, or for all at the end.
+                    num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                    yield output
+        finally:
+            lease.release()
+            for network in choice.networks:
+                count_tokens(network.name, network.version, num_tokens)
 
     async def _failure(self, choice: Choice) -> str | None:
         """Say why the networks have ended a request, or None if one has read all that it can."""
@@ -192,9 +210,10 @@ class GenerationDoor:
         try:
             await self._catalog.refresh()
             networks = self._networks(choice.networks)
-        except (WorkerError, UnknownNetwork) as error:
+        except (WorkerError, ApiError) as error:
             return f"value network {names} has failed; its reason cannot be had ({error})"
-        failed = [network for network in networks if network.state == "failed"]
+        # One that is draining by now has kept its reason.
+        failed = [network for network in networks if network.reason is not None]
         if not failed and any(network.mapped for network in networks):
             return None
         if not failed:

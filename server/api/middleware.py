@@ -12,10 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import ApiError, bad_request
 from server.api.generation import CURRENT
-from server.catalog import Catalog
 from server.choice import EXTRA_ARG
+from server.lifecycle.leases import Lease
 
 FORM = "application/x-www-form-urlencoded"
+LEASES = "trimtab.leases"
+"""In a request's ASGI scope: a list of the leases to release when it has been answered."""
 
 
 @dataclass
@@ -42,13 +44,14 @@ class RequestGate:
         app: ASGIApp,
         *,
         guided_paths: Iterable[str],
-        catalog: Callable[[], Catalog | None],
+        offers: Callable[[str], bool],
         traffic: Traffic,
         max_body_bytes: int,
     ) -> None:
+        """`offers` says whether a model's name is that of a value network."""
         self.app = app
         self.guided_paths = frozenset(guided_paths)
-        self.catalog = catalog
+        self.offers = offers
         self.traffic = traffic
         self.max_body_bytes = max_body_bytes
 
@@ -56,11 +59,15 @@ class RequestGate:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             return await self.app(scope, receive, send)
         CURRENT.set(None)  # a request pipelined behind another starts in its context
+        leases: list[Lease] = []
         self.traffic.running += 1
         try:
-            await self._pass(scope, receive, send)
+            # Streams are answered, and clients that leave are noticed, within this call.
+            await self._pass({**scope, LEASES: leases}, receive, send)
         finally:
             self.traffic.running -= 1
+            for lease in leases:
+                lease.release()
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -110,9 +117,6 @@ class RequestGate:
         )
 
     def _refuse_guidance(self, path: str, body: bytes) -> None:
-        catalog = self.catalog()
-        if catalog is None:
-            return
         guided = ", ".join(sorted(self.guided_paths))
         try:
             fields = json.loads(body)  # as vLLM's routes do, which read other encodings too
@@ -126,7 +130,7 @@ class RequestGate:
         if fields.get("value_guidance") is not None:
             raise _unguided(path, "carries value_guidance", guided, "value_guidance")
         model = fields.get("model")
-        if isinstance(model, str) and model in catalog:
+        if isinstance(model, str) and self.offers(model):
             raise _unguided(path, f"names the value network {model[:80]!r}", guided, "model")
         refuse_reserved(fields.get("vllm_xargs"))
 

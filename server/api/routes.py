@@ -23,11 +23,14 @@ from pydantic import (
 
 from server.api.errors import ApiError, bad_request, shorten
 from server.api.generation import CURRENT, GuidedRequest
-from server.api.middleware import refuse_reserved
-from server.api.selection import Selection, select
-from server.api.value_guidance import ValueGuidance
-from server.catalog import Catalog
+from server.api.metrics import count_request
+from server.api.middleware import LEASES, refuse_reserved
+from server.api.selection import Selection, references, select
+from server.api.value_guidance import GuidingNetworks, ValueGuidance
 from server.choice import EXTRA_ARG, Choice, seal
+from server.lifecycle.catalog import Catalog
+from server.lifecycle.leases import Leases
+from server.lifecycle.lifecycle import Lifecycle
 from server.settings import Settings, instance_id
 
 GUIDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -45,6 +48,8 @@ class Service:
 
     settings: Settings
     catalog: Catalog
+    leases: Leases
+    lifecycle: Lifecycle
     target: str
     """The name under which the target is served."""
     target_names: tuple[str, ...]
@@ -132,7 +137,7 @@ def _guide(
         here = service()
         refuse_reserved(request.vllm_xargs)
         model = None if request.model in here.target_names else request.model
-        selection = select(here.catalog, model, request.value_guidance, here.settings.max_networks)
+        selection = await _select(here, model, request.value_guidance, raw_request)
         if not selection.networks:
             return _mention_networks(await original(request, raw_request), here.catalog)
 
@@ -165,6 +170,26 @@ def _guide(
     return endpoint
 
 
+async def _select(
+    here: Service,
+    model: str | None,
+    value_guidance: str | GuidingNetworks | None,
+    raw_request: Request,
+) -> Selection:
+    """Resolve what a request names, and hold those versions until it has been answered."""
+    named = references(model, value_guidance, here.settings.max_networks)
+    for reference, field in named:
+        await here.lifecycle.ensure(reference, field, raw_request.headers.get("x-request-id"))
+    # Nothing is awaited from here on, so that what is resolved is also held.
+    selection = select(here.catalog, model, value_guidance)
+    if selection.active:
+        held = here.leases.take(map(str, selection.active))
+        raw_request.scope[LEASES].append(held)
+        for network in selection.active:
+            count_request(network.name, network.version)
+    return selection
+
+
 def _mention_networks(response: Response, catalog: Catalog) -> Response:
     """Add the networks to vLLM's answer that there is no such model: it lists the target only."""
     if response is None or response.status_code != HTTPStatus.NOT_FOUND:
@@ -172,7 +197,7 @@ def _mention_networks(response: Response, catalog: Catalog) -> Response:
     fields = json.loads(bytes(response.body))
     if fields.get("error", {}).get("param") != "model":
         return response
-    networks = ", ".join(network.name for network in catalog) or "none"
+    networks = ", ".join(network.name for network in catalog.ready()) or "none"
     fields["error"]["message"] += f" Value networks: {networks}."
     return JSONResponse(fields, status_code=response.status_code)
 
@@ -260,8 +285,7 @@ def _list_models(original: Endpoint, service: Callable[[], Service]) -> Endpoint
                 "parent": here.target,
                 "max_model_len": min(target["max_model_len"], network.max_context),
             }
-            for network in here.catalog
-            if network.state == "ready"
+            for network in here.catalog.ready()
         ]
         return JSONResponse(models)
 

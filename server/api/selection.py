@@ -6,8 +6,8 @@ from typing import Any
 
 from server.api.errors import ApiError, bad_request, shorten
 from server.api.value_guidance import GuidingNetwork, GuidingNetworks
-from server.catalog import Catalog, Network, UnknownNetwork
 from server.choice import ChosenNetwork
+from server.lifecycle.catalog import Catalog, Network, UnknownNetwork
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,39 @@ class Selection:
         return {"networks": networks}
 
 
+def references(
+    model: str | None, value_guidance: str | GuidingNetworks | None, max_networks: int
+) -> list[tuple[str, str]]:
+    """Return what a request may name networks by, each with the field that does.
+
+    Raises:
+        ApiError: 400 for the same network twice, or too many.
+    """
+    named = [entry.name for entry in _named(value_guidance)]
+    _refuse_repetition([name.partition("@")[0] for name in named])
+    if len(named) > max_networks:
+        raise bad_request(
+            f"value_guidance names {len(named)} value networks; at most {max_networks} can steer "
+            "one request",
+            "value_guidance",
+        )
+    found = [(name, "value_guidance") for name in named]
+    return found if model is None else [*found, (model, "model")]
+
+
 def select(
     catalog: Catalog,
     model: str | None,
     value_guidance: str | GuidingNetworks | None,
-    max_networks: int,
 ) -> Selection:
-    """Resolve what a request names.
+    """Resolve what a request names, all of which `references` has passed.
 
     Raises:
-        ApiError: 404 for an unknown network or version, 400 for the same network twice, too many,
-            or a `model` that contradicts `value_guidance`, 503 for a network that failed.
+        ApiError: 404 for an unknown network or version, 400 for a `model` that contradicts
+            `value_guidance`, 503 for a network that failed.
     """
     named = _named(value_guidance)
     found = [(_find(catalog, entry.name, "value_guidance"), entry.scale) for entry in named]
-    _refuse_repetition([network for network, _ in found])
-    if len(found) > max_networks:
-        raise bad_request(
-            f"value_guidance names {len(found)} value networks; at most {max_networks} can steer "
-            "one request",
-            "value_guidance",
-        )
     if model is not None and model in catalog:
         by_model = _find(catalog, model, "model")
         if value_guidance is None:
@@ -64,14 +76,15 @@ def select(
                 "name the network in one of them",
                 "value_guidance",
             )
-    selection = Selection(
+    for network, scale in found:
+        if network.state == "failed" and scale != 0:
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, failure_message(network))
+    return Selection(
         tuple(
             ChosenNetwork(network.name, network.version, network.scale if scale is None else scale)
             for network, scale in found
         )
     )
-    _refuse_failed(catalog, selection)
-    return selection
 
 
 def _named(value_guidance: str | GuidingNetworks | None) -> list[GuidingNetwork]:
@@ -91,8 +104,7 @@ def _find(catalog: Catalog, reference: str, param: str) -> Network:
         raise ApiError(HTTPStatus.NOT_FOUND, f"{param}: {error}", param) from None
 
 
-def _refuse_repetition(networks: list[Network]) -> None:
-    names = [network.name for network in networks]
+def _refuse_repetition(names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise bad_request(
@@ -100,13 +112,6 @@ def _refuse_repetition(networks: list[Network]) -> None:
                 "times; name it once, with the scale you want",
                 "value_guidance",
             )
-
-
-def _refuse_failed(catalog: Catalog, selection: Selection) -> None:
-    for chosen in selection.active:
-        network = catalog.find(chosen.name)
-        if network.state == "failed":
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, failure_message(network))
 
 
 def failure_message(network: Network) -> str:

@@ -4,6 +4,7 @@ Networks whose KV caches have one shape share a pool, so memory goes where the t
 in it is a cache over token history: anything may be dropped and recomputed, slower but never wrong.
 """
 
+import mmap
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,9 +19,12 @@ from vllm.v1.core.kv_cache_utils import (
     get_request_block_hasher,
     init_none_hash,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    create_kv_cache_views,
+)
 from vllm.v1.request import Request
-from vllm.v1.worker.utils import allocate_kv_cache
 
 BLOCK_SIZE = 32
 """Tokens per KV block: the CPU kernels want a multiple of 32, FlashAttention one of 16."""
@@ -35,11 +39,23 @@ class KVShape(NamedTuple):
     layer: FullAttentionSpec
     num_layers: int
 
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one block, in all layers."""
+        return self.layer.page_size_bytes * self.num_layers
+
+    def bytes_for(self, num_tokens: int) -> int:
+        """Memory of the smallest pool that holds a sequence of this length."""
+        # One block more: block 0 is vLLM's null block.
+        return (-(-num_tokens // BLOCK_SIZE) + 1) * self.block_bytes
+
 
 class BlockPool:
     """The paged KV cache of all value networks with one KV shape.
 
     Attributes:
+        id, shape: as given.
+        num_bytes: memory of the whole pool.
         layer_caches: one tensor for each layer, which every network's layer of that place binds.
         num_tokens: how many tokens fit.
         now: the time, in steps.
@@ -49,32 +65,35 @@ class BlockPool:
 
     def __init__(
         self,
+        pool_id: str,
         vllm_config: VllmConfig,
         shape: KVShape,
         num_bytes: int,
-        max_context: int,
         device: torch.device,
         prefix_caching: bool,
     ) -> None:
-        """Allocate `num_bytes` of KV cache, or one full context where that is more.
+        """Allocate `num_bytes` of KV cache, at least what `shape.bytes_for` a context.
 
         Args:
+            pool_id: what operators see it by.
             vllm_config: of any network with this shape; its `cache_config` names the layout.
             shape: of the networks; the layers' `block_size` is `BLOCK_SIZE`.
             num_bytes: memory for the whole pool.
-            max_context: tokens of the longest sequence that a network may hold.
             device: where the KV cache lies.
             prefix_caching: let rows of one network share the blocks of equal prefixes.
         """
         layers = [f"layers.{i}" for i in range(shape.num_layers)]
-        block_bytes = shape.layer.page_size_bytes * shape.num_layers
-        # One block more than a full context holds: block 0 is vLLM's null block.
-        least = (-(-max_context // BLOCK_SIZE) + 1) * block_bytes
         config = get_kv_cache_config_from_groups(
-            vllm_config, [KVCacheGroupSpec(layers, shape.layer)], max(num_bytes, least)
+            vllm_config, [KVCacheGroupSpec(layers, shape.layer)], num_bytes
         )
+        self.id = pool_id
+        self.shape = shape
+        self.num_bytes = config.num_blocks * shape.block_bytes
         layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
-        caches = allocate_kv_cache(config, device, layout)
+        (tensor,) = config.kv_cache_tensors
+        buffer = _zeros(tensor.size, device)
+        views = create_kv_cache_views(buffer, shape.layer, config.num_blocks, layout, tensor)
+        caches = dict(zip(tensor.layers, views, strict=True))
         self.num_tokens = (config.num_blocks - 1) * BLOCK_SIZE
         self.layer_caches = [caches[layer] for layer in layers]
         self._tables: list[BlockTable] = []
@@ -90,11 +109,28 @@ class BlockPool:
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
 
+    @property
+    def used_tokens(self) -> int:
+        """Tokens of running rows; what else it holds are prefixes that may be used again."""
+        return sum(int(table.computed.sum()) for table in self._tables)
+
+    @property
+    def num_networks(self) -> int:
+        """Networks that take blocks from it."""
+        return len(self._tables)
+
     def new_table(self, max_rows: int, max_context: int, salt: str) -> "BlockTable":
         """Make the table of one network. `salt` keeps its cached prefixes from all others'."""
         table = BlockTable(self, max_rows, max_context, salt)
         self._tables.append(table)
         return table
+
+    def remove_table(self, table: "BlockTable") -> None:
+        """Free all blocks of a network that goes."""
+        for slot in list(table.requests):
+            table.release(slot)
+        if table in self._tables:
+            self._tables.remove(table)
 
     def tick(self) -> int:
         """Begin a step: what is used in it carries the time `now`, which is returned."""
@@ -126,6 +162,14 @@ class BlockPool:
         return True
 
 
+def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Return int8 zeros. On a CPU the kernel hands them out a page at a time, as they are used:
+    to write them all would stop decoding for as long as it takes, up to a second per GiB."""
+    if device.type != "cpu":
+        return torch.zeros(num_bytes, dtype=torch.int8, device=device)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.int8)
+
+
 class BlockTable:
     """Which of a pool's blocks hold which row's history, for one network.
 
@@ -139,7 +183,8 @@ class BlockTable:
         block_ids: int32 `[max_rows, max_blocks]`.
         requests: vLLM's record of each slot that owns blocks.
         drops: sequences that lost their blocks to others and had to be recomputed.
-        prefix_hits: tokens that sequences began with, found in the prefix cache.
+        prefix_queries: tokens of sequences that were looked up in the prefix cache.
+        prefix_hits: how many of them were there.
         held: slots that take part in the forward being put together, safe from `drop`.
     """
 
@@ -151,7 +196,7 @@ class BlockTable:
         self.block_ids = np.zeros((max_rows, max_blocks), dtype=np.int32)
         self.requests: dict[int, Request] = {}
         self.held: set[int] = set()
-        self.drops = self.prefix_hits = 0
+        self.drops = self.prefix_queries = self.prefix_hits = 0
         self._pool = pool
         self._salt = salt
         self._opened = 0
@@ -187,6 +232,7 @@ class BlockTable:
             )
         self.requests[slot] = request
         self.computed[slot] = num_cached
+        self.prefix_queries += request.num_tokens
         self.prefix_hits += num_cached
         self.last_used[slot] = self._pool.now
         self._refresh(slot)

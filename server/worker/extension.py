@@ -1,16 +1,22 @@
 """Calls into the worker: what the API processes may ask with `collective_rpc`.
 
-A worker method that raises leaves the replies of other workers unread, so these never do.
+Generation waits while a call lasts, so each is short; and a worker method that raises leaves the
+replies of other workers unread, so none does. What the calls mean is told in
+`server.worker.residency`.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     from server.worker.processor import ValueGuidance
+    from server.worker.residency import Residency
 
 logger = init_logger(__name__)
+
+Reply = dict[str, Any]
 
 
 class ValueNetworkWorker:
@@ -18,22 +24,47 @@ class ValueNetworkWorker:
 
     model_runner: Any
 
-    def trimtab_attach(self) -> dict[str, Any]:
+    def trimtab_attach(self) -> Reply:
         """Start guiding requests; called by each API process before it says that it is ready."""
-        try:
-            processor = self._value_guidance()
-            processor.attach(self.model_runner)
-            return {"networks": processor.guidance.status()}
-        except Exception as error:
-            logger.exception("trimtab_attach")
-            return {"error": f"{type(error).__name__}: {error}"}
 
-    def trimtab_networks(self) -> dict[str, Any]:
-        """Describe the resident value networks; see `Guidance.status`."""
+        def attach(residency: "Residency") -> Reply:
+            self._value_guidance().attach(self.model_runner)
+            return residency.status()
+
+        return self._answer(attach)
+
+    def trimtab_networks(self) -> Reply:
+        return self._answer(lambda residency: residency.status())
+
+    def trimtab_begin(self, load: Reply) -> Reply:
+        return self._answer(lambda residency: residency.begin(load))
+
+    def trimtab_build(self, load_id: str, version: str, folder: str) -> Reply:
+        return self._answer(lambda residency: residency.build(load_id, version, folder))
+
+    def trimtab_advance(self, load_id: str) -> Reply:
+        return self._answer(lambda residency: residency.advance(load_id))
+
+    def trimtab_warm_up(self, load_id: str) -> Reply:
+        return self._answer(lambda residency: residency.warm_up(load_id))
+
+    def trimtab_commit(self, load_id: str) -> Reply:
+        return self._answer(lambda residency: residency.commit(load_id))
+
+    def trimtab_abort(self, load_id: str, reason: str, forget: bool) -> Reply:
+        return self._answer(lambda residency: residency.abort(load_id, reason, forget))
+
+    def trimtab_retire(self, reference: str, withhold: bool) -> Reply:
+        return self._answer(lambda residency: residency.retire(reference, withhold))
+
+    def trimtab_unload(self, reference: str) -> Reply:
+        return self._answer(lambda residency: residency.unload(reference))
+
+    def _answer(self, ask: "Callable[[Residency], Reply]") -> Reply:
         try:
-            return {"networks": self._value_guidance().guidance.status()}
+            return ask(self._value_guidance().residency)
         except Exception as error:
-            logger.exception("trimtab_networks")
+            logger.exception("a call about value networks failed")
             return {"error": f"{type(error).__name__}: {error}"}
 
     def _value_guidance(self) -> "ValueGuidance":

@@ -4,23 +4,21 @@ This is the core that vLLM's two model runners share. It knows rows, networks an
 adapters know how a runner announces rows and where it keeps tokens.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from server.choice import Choice
-from server.settings import Settings
-from server.worker.blocks import BlockPool, KVShape, TokensOf
-from server.worker.compilation import CompiledForwards
+from server.worker.blocks import TokensOf
 from server.worker.network import Rows, ValueNetwork
+from server.worker.residency import Residency
 from server.worker.translation import TranslatedRow
 from value_models.combine import add_value_logits
-from value_models.store import check_network
 
 logger = init_logger(__name__)
 
@@ -93,67 +91,34 @@ class _Assignment(NamedTuple):
 
 
 class Guidance:
-    """The value networks of a worker, and the rows that chose them.
+    """The rows that chose value networks, and one decoding step of theirs.
 
     Attributes:
         any_ended: whether `ended` may be true of any row.
     """
 
-    def __init__(self, vllm_config: VllmConfig, settings: Settings, device: torch.device) -> None:
-        """Load every network of `settings`.
-
-        Raises:
-            NetworkError: a folder is no sound value network.
-            ValueError: vLLM cannot run it beside this target.
-        """
+    def __init__(self, residency: Residency, device: torch.device) -> None:
+        """`residency` has the networks, which may change between two steps."""
+        self._residency = residency
         self._device = device
-        networks = [
-            ValueNetwork(
-                check_network(path, name), vllm_config, settings.tokenizer_fingerprint, device
-            )
-            for name, path in settings.networks.items()
-        ]
-        self._networks = {(n.folder.name, n.folder.version): n for n in networks}
-        forwards = CompiledForwards()
-        for load_id, (network, pool) in enumerate(
-            zip(networks, _pools(networks, settings, device), strict=True)
-        ):
-            network.bind(pool, forwards, load_id)
         self.any_ended = False
+        self._rows: dict[int, GuidedRow] = {}
+        self._revision = residency.revision
         self._assignments: list[_Assignment] = []
         self._failure_mask: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def status(self) -> list[dict[str, Any]]:
-        """Describe every resident network, as plain data for the API processes."""
-        return [
-            {
-                "name": network.folder.name,
-                "version": network.folder.version,
-                "kind": network.folder.manifest.kind,
-                "scale": network.folder.manifest.default_scale,
-                "state": "failed" if network.failure else "ready",
-                "reason": network.failure,
-                "max_context": network.max_context,
-                "vocab_size": network.folder.vocab_size,
-                "mapped": network.translator is not None,
-                "num_parameters": network.folder.num_parameters,
-                "drops": network.drops,
-                "prefix_hits": network.prefix_hits,
-            }
-            for network in self._networks.values()
-        ]
-
     def release(self, row: GuidedRow) -> None:
         """Forget a row that left the batch; it may come back as a new one."""
-        for network in self._networks.values():
+        for network in self._residency.networks():
             network.release(row.slot)
 
     def arrange(self, rows: dict[int, GuidedRow]) -> None:
         """Take note of where guided rows now are in the batch: index -> row."""
+        self._rows, self._revision = rows, self._residency.revision
         chosen: dict[ValueNetwork, list[tuple[int, GuidedRow, float]]] = {}
         for index, row in sorted(rows.items()):
             for choice in row.choice.networks:
-                network = self._networks.get((choice.name, choice.version))
+                network = self._residency.find(choice.name, choice.version)
                 if network is not None:
                     chosen.setdefault(network, []).append((index, row, choice.scale))
         self.any_ended = any(map(self.ended, rows.values()))
@@ -179,6 +144,8 @@ class Guidance:
         Returns:
             float32 `[num_rows, vocab_size]`; rows without guidance are exactly the target's.
         """
+        if self._revision != self._residency.revision:
+            self.arrange(self._rows)
         logits = logits.to(torch.float32)
         newest = cache(batch.last_tokens.tolist)  # waits for the device: once, and only if asked
         for assignment in self._assignments:
@@ -193,7 +160,7 @@ class Guidance:
 
         A network that it chose has failed, is not resident at all, or cannot read so much.
         """
-        networks = [self._networks.get((c.name, c.version)) for c in row.choice.networks]
+        networks = [self._residency.find(c.name, c.version) for c in row.choice.networks]
         return any(network is None or network.failure is not None for network in networks) or any(
             translation.outgrown for translation in row.translations.values()
         )
@@ -201,7 +168,7 @@ class Guidance:
     def fail(self, reason: str, *networks: ValueNetwork) -> None:
         """Mark networks as failed; without any, all of them: the step itself is broken."""
         self.any_ended = True
-        for network in networks or self._networks.values():
+        for network in networks or self._residency.networks():
             network.fail(reason)
             logger.error("value network %s failed: %s", network, reason)
 
@@ -228,6 +195,7 @@ class Guidance:
     ) -> None:
         network = assignment.network
         columns = None
+        began = time.perf_counter()
         try:
             assignment = assignment.only(self._ready(assignment, batch, newest))
             if not len(assignment.rows):
@@ -252,6 +220,8 @@ class Guidance:
         if not torch.isfinite(value.sum(dtype=torch.float32)):
             self.fail("its logits are not finite", network)
             return
+        network.seconds += time.perf_counter() - began
+        self._residency.used(network)
         add_value_logits(logits, value, assignment.scales, rows, columns)
 
     def _ready(
@@ -286,29 +256,3 @@ def _translated(assignment: _Assignment, device: torch.device) -> Rows:
         assignment.histories,
         np.array([row.num_stable for row in rows], dtype=np.int32),
     )
-
-
-def _pools(
-    networks: Sequence[ValueNetwork], settings: Settings, device: torch.device
-) -> list[BlockPool]:
-    """Share the memory for KV blocks out: a pool for each KV shape, all of one size.
-
-    Returns:
-        The pool of each network.
-    """
-    by_shape: dict[KVShape, list[ValueNetwork]] = {}
-    for network in networks:
-        by_shape.setdefault(network.kv_shape, []).append(network)
-    num_bytes = int(settings.value_cache_gb * (1 << 30)) // max(1, len(by_shape))
-    pools = {
-        shape: BlockPool(
-            members[0].config,
-            shape,
-            num_bytes,
-            max(network.config.model_config.max_model_len for network in members),
-            device,
-            settings.prefix_caching,
-        )
-        for shape, members in by_shape.items()
-    }
-    return [pools[network.kv_shape] for network in networks]

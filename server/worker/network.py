@@ -1,7 +1,8 @@
 """A resident value network: a vLLM model beside the target, with KV blocks of its own."""
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,20 +19,29 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.model_loader import get_model
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from server.worker.blocks import BLOCK_SIZE, BlockPool, KVShape, TokensOf
-from server.worker.compilation import LAYER_PREFIX, CompiledForwards, compilation_mode
-from server.worker.translation import Translator
-from value_models.store import NetworkFolder
+from server.worker.blocks import BLOCK_SIZE, BlockPool, BlockTable, KVShape, TokensOf
+from server.worker.compilation import CompiledForwards, compilation_mode
+from server.worker.loading import (
+    Pieces,
+    construct,
+    know_architecture,
+    load_weights,
+    release_weights,
+    weights_bytes,
+)
+from server.worker.translation import Readers, Translator
+from value_models.store import CONFIG_FILE, NetworkFolder
 
 logger = init_logger(__name__)
 
 TOKENS_PER_TARGET_TOKEN = 4
 """How much longer a history may be in another vocabulary; a row that outgrows it ends."""
+
+LONGEST_SCALED_CONTEXT = 1 << 21
 
 
 class Rows(NamedTuple):
@@ -45,53 +55,82 @@ class Rows(NamedTuple):
 
 
 class ValueNetwork:
-    """One value network in a worker, ready to score rows.
+    """One value network in a worker.
+
+    Made by `build`, then bound to a pool of KV blocks by `bind`; from then on it scores rows.
 
     Attributes:
         failure: why it must not be used any more, or None. Set once, never cleared.
         translator: reads rows for a network of another vocabulary than the target's, or None.
+        weights_bytes: memory of the weights in this worker.
+        kv_shape: decides which pools it can take blocks from.
+        longest: tokens of the longest sequence that it may have to read.
+        seconds: of decoding steps that were spent on it.
+        num_tokens: that it has computed.
     """
+
+    @classmethod
+    def build(
+        cls,
+        folder: NetworkFolder,
+        target_config: VllmConfig,
+        target_fingerprint: str,
+        readers: Readers,
+        device: torch.device,
+    ) -> Generator[None, None, "ValueNetwork"]:
+        """Load a network in short pieces; the generator returns it.
+
+        Args:
+            folder: checked by `value_models.store`; not read any more once this has ended.
+            target_config: the engine's own configuration; it is not changed.
+            target_fingerprint: of the target's tokenizer; the folder fits it.
+            readers: all of the worker's.
+            device: where the target's logits are.
+
+        Raises:
+            ValueError: the folder's map for this target cannot be used, the weights are not those
+                of its configuration, or its attention cannot share one paged KV cache.
+        """
+        translator = None
+        if folder.manifest.tokenizer_fingerprint != target_fingerprint:
+            translator = Translator(readers.load(folder.path, target_fingerprint), device)
+            yield
+        config = _network_config(folder, target_config, translator is not None)
+        yield
+        # vLLM makes tied embeddings twice before it ties them, and pads vocabularies.
+        allowed = 2.25 * folder.num_parameters * config.model_config.dtype.itemsize + (1 << 20)
+        model = construct(config, device, int(allowed))
+        yield
+        num_bytes = weights_bytes(model)
+        yield from load_weights(model, config, device)
+        return cls(folder, model, num_bytes, config, translator, target_config, device)
 
     def __init__(
         self,
         folder: NetworkFolder,
+        model: torch.nn.Module,
+        num_bytes: int,
+        config: VllmConfig,
+        translator: Translator | None,
         target_config: VllmConfig,
-        target_fingerprint: str,
         device: torch.device,
     ) -> None:
-        """Load the weights. `bind` must follow before the first `score`.
-
-        Args:
-            folder: checked by `value_models.store`.
-            target_config: the engine's own configuration; it is not changed.
-            target_fingerprint: of the target's tokenizer; the folder fits it.
-            device: where the target's logits are.
-
-        Raises:
-            ValueError: the folder's map for this target cannot be used, or the model's attention
-                cannot share one paged KV cache.
-        """
         self.folder = folder
         self.failure: str | None = None
-        self.translator = (
-            None
-            if folder.manifest.tokenizer_fingerprint == target_fingerprint
-            else Translator(folder.path, target_fingerprint, device)
-        )
+        self.translator = translator
+        self.seconds = 0.0
+        self.num_tokens = 0
         self._device = device
-        self._config = _network_config(folder, target_config, self.translator is not None)
-        with set_current_vllm_config(self._config, check_compile=False, prefix=LAYER_PREFIX):
-            self._model = get_model(
-                vllm_config=self._config,
-                model_config=self._config.model_config,
-                prefix=LAYER_PREFIX,
-            )
-        self._layers = get_layers_from_vllm_config(self._config, AttentionLayerBase)
-        self._config.cache_config.kv_cache_layout = get_supported_kv_cache_layouts(
+        self._config = config
+        self._model = model
+        self.weights_bytes = num_bytes
+        self._layers = get_layers_from_vllm_config(config, AttentionLayerBase)
+        config.cache_config.kv_cache_layout = get_supported_kv_cache_layouts(
             {layer.get_attn_backend() for layer in self._layers.values()}
         )[0].name
         self._layer_names = list(self._layers)
         self.kv_shape = KVShape(_kv_spec(self._layers), len(self._layers))
+        self.longest: int = config.model_config.max_model_len
         scheduler = target_config.scheduler_config
         self._max_rows = scheduler.max_num_seqs
         self._max_tokens = max(scheduler.max_num_batched_tokens, self._max_rows)
@@ -103,18 +142,21 @@ class ValueNetwork:
         """What vLLM runs the network with."""
         return self._config
 
-    def bind(self, pool: BlockPool, forwards: CompiledForwards, load_id: int) -> None:
-        """Take KV blocks from `pool`, then compile the model and run it once.
+    def bind(
+        self, pool: BlockPool, forwards: CompiledForwards, load_id: int, may_compile: bool
+    ) -> Pieces:
+        """Take KV blocks from `pool`, then run the model once or twice, in pieces.
 
         Args:
-            pool: of this network's `kv_shape`.
-            forwards: all of the worker's compiled forwards; gains this network's.
+            pool: of this network's `kv_shape`, for sequences of its `longest`.
+            forwards: all of the worker's compiled forwards; may gain this network's.
             load_id: unique in the worker's life, so that no cached block outlives its network.
+            may_compile: take the seconds to compile, if no network of this architecture has.
 
         Raises:
             RuntimeError: vLLM's kernels cannot run the model's shape.
         """
-        self.max_context = min(self._config.model_config.max_model_len, pool.num_tokens)
+        self.max_context = min(self.longest, pool.num_tokens)
         self._pool = pool
         self._table = pool.new_table(self._max_rows, self.max_context, f"{self}#{load_id}")
         for layer, cache in zip(self._layers.values(), pool.layer_caches, strict=True):
@@ -124,20 +166,27 @@ class ValueNetwork:
             self._metadata_builder = backend.get_builder_cls()(
                 self.kv_shape.layer, self._layer_names, self._config, self._device
             )
-            self._warm_up(forwards)
+        yield from self._warm_up(forwards, may_compile)
+
+    @property
+    def pool(self) -> BlockPool:
+        """Where its KV blocks are."""
+        return self._pool
+
+    def free(self) -> None:
+        """Give back weights and KV blocks. The network must not be used any more."""
+        if hasattr(self, "_table"):
+            self._pool.remove_table(self._table)
+        release_weights(self._model)
+        self._config.compilation_config.static_forward_context.clear()
 
     def __str__(self) -> str:
         return f"{self.folder.name}@{self.folder.version}"
 
     @property
-    def drops(self) -> int:
-        """Sequences that lost their KV blocks to others and were recomputed; see `BlockTable`."""
-        return self._table.drops
-
-    @property
-    def prefix_hits(self) -> int:
-        """Tokens that were not computed, since the prefix cache had them."""
-        return self._table.prefix_hits
+    def table(self) -> BlockTable:
+        """Which rows have which KV blocks."""
+        return self._table
 
     def fail(self, reason: str) -> None:
         """Mark the network as failed, for good."""
@@ -173,8 +222,8 @@ class ValueNetwork:
         table.last_used[rows.slots] = self._pool.tick()
         return logits
 
-    def _warm_up(self, forwards: CompiledForwards) -> None:
-        """Compile and try the model: what cannot run must be known before requests come.
+    def _warm_up(self, forwards: CompiledForwards, may_compile: bool) -> Pieces:
+        """Try the model, compiled or not: what cannot run must be known before requests come.
 
         The tokens go into vLLM's null block, which nobody reads.
         """
@@ -184,18 +233,28 @@ class ValueNetwork:
         tokens = torch.arange(num_rows, device=self._device, dtype=torch.int32)
         tokens %= self.folder.vocab_size
 
-        forwards.adopt(self._model, self._config)
-        with torch.inference_mode():
-            compiled = self._decode(slots, positions, tokens).float()
-            self._eager = True
-            eager = self._decode(slots, positions, tokens).float()
-        self._table.release(0)
+        def run(eager: bool) -> torch.Tensor:
+            self._eager = eager
+            with (
+                torch.inference_mode(),
+                set_current_vllm_config(self._config, check_compile=False),
+            ):
+                logits = self._decode(slots, positions, tokens).float()
+            self._table.release(0)
+            return logits
+
+        eager = run(eager=True)
+        yield
+        if not (forwards.adopt(self._model, self._config) or may_compile):
+            return
+        compiled = run(eager=False)
         # Rounding differs by a few per mille; another network's weights would by about 100 %.
         self._eager = not (compiled - eager).norm() <= 0.05 * eager.norm()
         if self._eager:
             logger.warning("value network %s: its compiled forward is off, running eagerly", self)
         else:
             forwards.keep(self._model, self._config)
+        yield
 
     def _decode(
         self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor
@@ -337,6 +396,7 @@ class ValueNetwork:
             slot_mapping=dict.fromkeys(self._layer_names, slot_mapping),
             skip_compiled=self._eager,
         ):
+            self.num_tokens += num_tokens
             hidden: torch.Tensor = self._model(
                 input_ids=token_ids, positions=self._to_device(positions.astype(np.int64))
             )
@@ -353,6 +413,8 @@ def _network_config(folder: NetworkFolder, target: VllmConfig, translated: bool)
     layers and caches hang off its configuration.
     """
     config = copy.copy(target)
+    for architecture in json.loads((folder.path / CONFIG_FILE).read_text())["architectures"]:
+        know_architecture(architecture)
     config.model_config = ModelConfig(
         model=str(folder.path),
         dtype=target.model_config.dtype,
@@ -364,6 +426,7 @@ def _network_config(folder: NetworkFolder, target: VllmConfig, translated: bool)
     # A history is never longer than the target lets it be, counted in the network's own tokens.
     longest = target.model_config.max_model_len * (TOKENS_PER_TARGET_TOKEN if translated else 1)
     config.model_config.max_model_len = min(config.model_config.max_model_len, longest)
+    _shorten_positions(config.model_config)
     config.quant_config = None
     # "auto" would admit pickled weights; a target's "dummy" would randomise the network.
     config.load_config = LoadConfig(load_format="safetensors")
@@ -384,6 +447,27 @@ def _network_config(folder: NetworkFolder, target: VllmConfig, translated: bool)
     config.speculative_config = None
     config.kv_transfer_config = None
     return config
+
+
+def _shorten_positions(model_config: ModelConfig) -> None:
+    """Make no longer tables of rotary embeddings than positions can be reached.
+
+    A configuration may name millions of positions. Plain ones do not depend on how many there are.
+
+    Raises:
+        ValueError: a table that depends on the number would be out of all proportion.
+    """
+    config = model_config.hf_text_config
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") == "default":
+        config.max_position_embeddings = min(
+            config.max_position_embeddings, model_config.max_model_len
+        )
+    elif config.max_position_embeddings > LONGEST_SCALED_CONTEXT:
+        raise ValueError(
+            f"max_position_embeddings is {config.max_position_embeddings:,}; at most "
+            f"{LONGEST_SCALED_CONTEXT:,} with scaled rotary embeddings"
+        )
 
 
 def _kv_spec(layers: dict[str, AttentionLayerBase]) -> FullAttentionSpec:

@@ -8,6 +8,7 @@ Guidance happens as the sampler is entered rather than in `apply`: there, penalt
 read no more.
 """
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from server.worker.guidance import GuidedRow
 
 logger = init_logger(__name__)
+
+IDLE_SECONDS = 1
+"""Steps further apart than this do not follow each other."""
 
 
 class ValueGuidance(LogitsProcessor):
@@ -47,13 +51,16 @@ class ValueGuidance(LogitsProcessor):
         self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool
     ) -> None:
         from server.worker.guidance import Guidance
+        from server.worker.residency import Residency
 
         settings = Settings.load()
         self._key = settings.key
         self._rows: dict[int, GuidedRow] = {}
         self._free_slots = list(range(vllm_config.scheduler_config.max_num_seqs))
         self._runner: GPUModelRunner | None = None
-        self.guidance = Guidance(vllm_config, settings, device)
+        self.residency = Residency(vllm_config, settings, device)
+        self.guidance = Guidance(self.residency, device)
+        self._last_step = 0.0
 
     def is_argmax_invariant(self) -> bool:
         """False: `apply` comes after the masks that vLLM's other processors set."""
@@ -63,10 +70,12 @@ class ValueGuidance(LogitsProcessor):
         """Guide at the sampler's door from now on. Harmless when called again."""
         if self._runner is None:
             self._runner = runner
+            self.residency.settle()
             runner.sampler.register_forward_pre_hook(self._enter_sampler, with_kwargs=True)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow rows as they join, leave and move; called before every forward."""
+        self._time_step()
         if batch_update is None:
             return
         before = list(self._rows.values())
@@ -97,6 +106,14 @@ class ValueGuidance(LogitsProcessor):
                 # More than vLLM's thinking budget, which comes later, gives its end token.
                 logits[index, row.choice.failure_token_id] = 1e30
         return logits
+
+    def _time_step(self) -> None:
+        """Keep track of how long a step takes: loading takes its share of that."""
+        now = time.perf_counter()
+        seconds = now - self._last_step
+        self._last_step = now
+        if seconds < IDLE_SECONDS:
+            self.residency.step_seconds += 0.1 * (seconds - self.residency.step_seconds)
 
     def _new_row(
         self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]

@@ -3,26 +3,56 @@
 Python looks at each such row in every step, which rows of the target's own vocabulary are spared.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from server.worker.blocks import TokensOf
+from value_models.store import TOKENIZER_FILES
+from value_models.vocabulary.map import map_file
 from value_models.vocabulary.reading import Reader
+
+
+class Readers:
+    """Readers by content: networks that differ in their weights alone share one.
+
+    To make one of a vocabulary of 131,072 takes seconds, of which a single call into its tokenizer
+    takes most, and decoding waits. So those of networks that have gone are kept for a while.
+    """
+
+    KEPT = 4
+
+    def __init__(self) -> None:
+        self._readers: dict[str, Reader] = {}
+
+    def load(self, folder: Path, target_fingerprint: str) -> Reader:
+        """Return the reader of the folder's map for the tokenizer with this fingerprint.
+
+        Raises:
+            VocabularyError: there is no such map, or it is none of this network's tokenizer.
+        """
+        digest = hashlib.sha256()
+        files = [folder / name for name in TOKENIZER_FILES]
+        for file in [*files, map_file(folder, target_fingerprint)]:
+            if file.is_file():
+                digest.update(f"{file.name} {file.stat().st_size} ".encode())
+                digest.update(file.read_bytes())
+        key = digest.hexdigest()
+        reader = self._readers.pop(key, None) or Reader.load(folder, target_fingerprint)
+        self._readers[key] = reader  # the newest last
+        for oldest in list(self._readers)[: -self.KEPT]:
+            del self._readers[oldest]
+        return reader
 
 
 class Translator:
     """What carries one network to a target of another vocabulary."""
 
-    def __init__(self, folder: Path, target_fingerprint: str, device: torch.device) -> None:
-        """Load the folder's map for the tokenizer with this fingerprint.
-
-        Raises:
-            VocabularyError: there is none, or it is no map of this network's tokenizer.
-        """
-        self._reader = Reader.load(folder, target_fingerprint)
-        self._columns = self._reader.map.columns.to(device)
+    def __init__(self, reader: Reader, device: torch.device) -> None:
+        self._reader = reader
+        self._columns = reader.map.columns.to(device)
 
     def follow(self, tokens: TokensOf) -> "TranslatedRow":
         """Begin to read a row."""

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,20 +51,32 @@ def free_port() -> int:
 
 @contextmanager
 def serving(
-    directory: Path, target: Path, *arguments: object, environment: dict[str, str] | None = None
+    directory: Path,
+    target: Path,
+    *arguments: object,
+    flags: Sequence[str] = FLAGS,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Served]:
-    """Start a server, wait until it says that it is ready, and end it with the test."""
+    """Start a server, wait until it says that it is ready, and end it with the test.
+
+    What it remembers over a restart is in `directory`, too.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     port = free_port()
     output, log = directory / "output.txt", directory / "vllm.log"
-    command = trimtab("serve", target, "--served-model-name", TARGET, "--port", port, *FLAGS)
+    command = trimtab("serve", target, "--served-model-name", TARGET, "--port", port, *flags)
     with output.open("w") as file:
         process = subprocess.Popen(
             [*command, "--log-file", str(log), *map(str, arguments)],
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})},
+            env={
+                **os.environ,
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "XDG_STATE_HOME": str(directory),
+                **(environment or {}),
+            },
         )
     served = Served(f"http://127.0.0.1:{port}", process, output, log)
     try:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 from server.api.routes import STATUS_PATH
 from server.launch import REPORT_FD, Launched, Refused
@@ -51,6 +52,7 @@ def main() -> None:
         example="Where's Ana?",
         shutdown_timeout=0,
         notes=[],
+        run_dir=Path(os.environ["RUN_DIR"]) if "RUN_DIR" in os.environ else None,
     )
     message = Refused(refused="no such flag") if behaviour == "refuse" else launched
     with os.fdopen(int(os.environ[REPORT_FD]), "w") as parent:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -50,6 +51,47 @@ def test_check_describes_a_network_or_says_what_is_wrong(checkpoints: Path) -> N
     code, output, errors = run("check", network, "--target", checkpoints / "nothing")
     assert (code, output) == (2, "")
     assert "no tokenizer can be loaded" in errors and len(errors.splitlines()) == 1
+
+
+def test_publish_puts_a_network_into_a_store(checkpoints: Path, tmp_path: Path) -> None:
+    network = checkpoints / "networks" / "qa"
+    code, output, _ = run("publish", network, "--store", tmp_path, "--name", "qa-2026-11")
+    assert code == 0
+    assert re.match(r"qa-2026-11@[0-9a-f]{8} is in ", output)
+    assert "trimtab networks load qa-2026-11" in output
+    assert run("publish", network, "--store", tmp_path)[0] == 0
+    assert {entry.name for entry in tmp_path.iterdir() if entry.name[0] != "."} == {
+        "qa",
+        "qa-2026-11",
+    }
+    code, checked, _ = run("check", tmp_path / "qa-2026-11")
+    assert code == 0 and checked.partition(":")[0] == output.partition(" ")[0]
+
+
+def test_publish_refuses_in_one_line(checkpoints: Path, tmp_path: Path) -> None:
+    network = checkpoints / "networks" / "qa"
+    for arguments, word in (
+        ((checkpoints / "target", "--store", tmp_path), "without a manifest"),
+        ((network, "--store", tmp_path, "--name", "../qa"), "letters"),
+        ((network, "--store", tmp_path / "nothing"), "nothing"),
+    ):
+        code, output, errors = run("publish", *arguments)
+        assert (code, output) == (2, "")
+        assert word in errors and len(errors.splitlines()) == 1
+    assert not [entry for entry in tmp_path.iterdir() if entry.name[0] != "."]
+
+
+def test_networks_needs_a_server() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        server = f"http://127.0.0.1:{free.getsockname()[1]}"
+        code, output, errors = run("networks", "ls", "--server", server)
+    assert (code, output) == (1, "")
+    assert server in errors and len(errors.splitlines()) == 1
+    assert run("networks")[0] == 2
+    code, output, _ = run("networks", "--help")
+    assert code == 0
+    assert all(action in output for action in ("ls", "load", "unload", "rm"))
 
 
 def test_align_lets_a_network_fit_another_tokenizer(checkpoints: Path, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -5,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from server import run_directory
 from server.launch import LaunchError, prepare
-from server.settings import ENVIRONMENT_VARIABLE, Settings
+from server.settings import ENVIRONMENT_VARIABLE, Settings, key_digest
 from tests.models import (
     OTHER_TEXT,
     make_mapped_network,
@@ -21,10 +24,13 @@ from value_models.store import NetworkError
 
 
 @pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """Undo what is set for the processes that vLLM would start."""
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what is set for the processes that vLLM would start, and keep to the test's folder."""
+    monkeypatch.setattr(run_directory, "SHARED_MEMORY", tmp_path)
     before = dict(os.environ)
-    os.environ.pop(ENVIRONMENT_VARIABLE, None)
+    for variable in (ENVIRONMENT_VARIABLE, "VLLM_API_KEY", "TRIMTAB_ADMIN_API_KEY"):
+        os.environ.pop(variable, None)
+    os.environ["XDG_STATE_HOME"] = str(tmp_path / "state")
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -58,10 +64,15 @@ def test_networks_are_named_or_found_in_a_store(target: str, qa: str, checkpoint
 
 
 def test_settings_reach_vllms_processes(target: str, qa: str) -> None:
-    prepare([target, "--value-network", qa, "--value-cache-gb", "0.5", "--max-body-mb", "2"])
+    prepare([target, "--value-network", qa, "--value-memory-gb", "0.5", "--max-body-mb", "2"])
     settings = Settings.load()
     assert list(settings.networks) == ["qa"] and settings.networks["qa"].is_absolute()
-    assert (settings.value_cache_gb, settings.max_body_bytes) == (0.5, 2 << 20)
+    assert (settings.value_memory_gb, settings.max_body_bytes) == (0.5, 2 << 20)
+    assert (settings.evict_idle, settings.load_on_demand, settings.load_timeout) == (
+        False,
+        True,
+        30,
+    )
     assert len(settings.key) == 64 and settings.key not in repr(settings)
     assert os.environ["VLLM_NO_USAGE_STATS"] == os.environ["DO_NOT_TRACK"] == "1"
 
@@ -131,7 +142,7 @@ def test_a_flag_in_a_configuration_file_is_refused_too(target: str, tmp_path: Pa
 
 def test_mistyped_flags_are_refused(target: str) -> None:
     assert "--no-such-flag" in refusal(target, "--no-such-flag")
-    assert "--value-cache-gb" in refusal(target, "--value-cache-gb", "much")
+    assert "--value-memory-gb" in refusal(target, "--value-memory-gb", "much")
     assert "which model?" in refusal()
 
 
@@ -150,8 +161,6 @@ def test_networks_that_cannot_be_served_are_refused(
     assert "no such folder" in refusal(target, "--value-network", f"qa={tmp_path / 'none'}")
     assert "without a manifest" in refusal(target, "--value-network", f"qa={target}")
     assert "no such directory" in refusal(target, "--value-network-dir", tmp_path / "none")
-    assert "holds no value network" in refusal(target, "--value-network-dir", tmp_path)
-
     make_network(tmp_path / "other", **SMALL, tokenizer=make_tokenizer(OTHER_TEXT, 400))
     assert "trimtab align" in refusal(target, "--value-network", f"qa={tmp_path / 'other'}")
 
@@ -185,7 +194,7 @@ def test_a_map_of_another_tokenizer_than_the_folders_is_refused(
     )
     make_sentencepiece_tokenizer(size=400).save_pretrained(network)
     message = refusal(target, "--value-network", f"other={network}")
-    assert "'other'" in message and "trimtab align" in message
+    assert "'other'" in message and "put back the tokenizer" in message
 
 
 def test_names_are_unique(target: str, qa: str) -> None:
@@ -194,6 +203,83 @@ def test_names_are_unique(target: str, qa: str) -> None:
     )
     assert "another value network's too" in refusal(target, *["--value-network", qa] * 2)
     assert "LoRA" in refusal(target, "--value-network", qa, "--lora-modules", "qa=somewhere")
+
+
+def test_how_networks_come_and_go_can_be_chosen(target: str, checkpoints: Path) -> None:
+    store = checkpoints / "networks"
+    prepare(
+        f"{target} --value-network-dir {store} --evict-idle --no-load-on-demand "
+        "--load-timeout 2.5 --state-file state.json".split()
+    )
+    settings = Settings.load()
+    assert (settings.evict_idle, settings.load_on_demand, settings.load_timeout) == (
+        True,
+        False,
+        2.5,
+    )
+    assert (settings.store, settings.state_file) == (store, Path("state.json").absolute())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--value-memory-gb 0", "--value-memory-gb nan", "--load-timeout -1", "--max-body-mb 0"],
+)
+def test_numbers_that_make_no_sense_are_refused(target: str, flags: str) -> None:
+    message = refusal(target, *flags.split())
+    assert message.startswith(flags.split()[0]) and "\n" not in message
+
+
+def test_a_server_has_a_private_directory_that_it_holds(target: str, qa: str) -> None:
+    _, launched = prepare([target, "--value-network", qa])
+    settings = Settings.load()
+    assert launched.run_dir == settings.run_dir is not None
+    assert settings.run_dir.stat().st_mode & 0o777 == 0o700
+    assert settings.networks["qa"].parent == settings.run_dir / "networks"
+    with (settings.run_dir / "alive").open() as alive, pytest.raises(BlockingIOError):
+        fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_refused_start_leaves_nothing(target: str, tmp_path: Path) -> None:
+    network = make_network(tmp_path / "network", **SMALL, kind="cascade")
+    refusal(target, "--value-network", f"qa={network}")
+    assert not list(tmp_path.glob("trimtab-*"))
+
+
+@pytest.mark.parametrize("given", ["flag", "environment", "file"])
+def test_keys_go_to_settings_as_digests_only(
+    target: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [target, "--api-key", "theirs", "others"]
+    if given == "flag":
+        arguments += ["--admin-api-key", "mine"]
+    elif given == "file":
+        (tmp_path / "vllm.yaml").write_text("admin-api-key: mine\n")
+        arguments += ["--config", str(tmp_path / "vllm.yaml")]
+    else:
+        monkeypatch.setenv("TRIMTAB_ADMIN_API_KEY", "mine")
+    args, launched = prepare(arguments)
+    settings = Settings.load()
+    assert settings.admin_key_digest == hashlib.sha256(b"mine").hexdigest()
+    assert settings.client_key_digests == (key_digest("theirs"), key_digest("others"))
+    assert settings.admin_key_digest not in repr(settings)
+    assert "mine" not in [str(value) for value in vars(args).values()]
+    assert "mine" not in os.environ.values()
+    assert "mine" not in launched.model_dump_json()
+
+
+def test_vllms_own_variable_is_a_clients_key(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "theirs")
+    assert "a client's key too" in refusal(target, "--admin-api-key", "theirs")
+    prepare([target])
+    assert Settings.load().client_key_digests == (key_digest("theirs"),)
+    assert Settings.load().admin_key_digest is None
+
+
+def test_an_empty_admin_key_is_none(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--admin-api-key is empty" in refusal(target, "--admin-api-key", "")
+    monkeypatch.setenv("TRIMTAB_ADMIN_API_KEY", "")
+    prepare([target])
+    assert Settings.load().admin_key_digest is None
 
 
 def test_a_target_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

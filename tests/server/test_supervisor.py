@@ -147,6 +147,17 @@ def test_asked_twice_it_does_not_wait(log: Path) -> None:
     assert "did not stop cleanly" in output
 
 
+@pytest.mark.parametrize("behaviour", ["well", "crash-later"])
+def test_however_it_ends_its_directory_is_removed(
+    behaviour: str, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "trimtab-0123456789abcdef"
+    (run_dir / "networks" / "qa@3f2a91c0-1").mkdir(parents=True)
+    monkeypatch.setenv("RUN_DIR", str(run_dir))
+    run(behaviour, log, stop=signal.SIGTERM)
+    assert not run_dir.exists()
+
+
 def test_errors_are_what_tells() -> None:
     noise = [f"INFO {number}" for number in range(100)]
     assert telling_lines([*noise, "ValueError: x", *noise]) == ["ValueError: x"]

@@ -1,14 +1,17 @@
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from server.api.errors import ApiError
 from server.api.generation import CURRENT, GenerationDoor, GuidedRequest
-from server.catalog import Catalog
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal
-from tests.server.networks import Workers, status
+from server.lifecycle.catalog import Catalog, Network
+from server.lifecycle.leases import Leases
+from tests.server.networks import Workers, report, status
 
 KEY = "a key"
 FAILURE_TOKEN = 99
@@ -27,6 +30,7 @@ class Engine:
         self.stop_reasons: list[Any] = [None, 2]
         self.asked: list[Any] = []
         self.aborted = False
+        self.on_abort: Callable[[], None] = lambda: None
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -37,6 +41,7 @@ class Engine:
                 yield SimpleNamespace(outputs=[completion(reason)])
         except GeneratorExit:
             self.aborted = True
+            self.on_abort()
             raise
 
 
@@ -47,14 +52,14 @@ class Vocabularies:
     def __init__(self) -> None:
         self.counted = 0
 
-    def count(self, name: str, token_ids: Sequence[int]) -> int:
+    def count(self, network: Network, token_ids: Sequence[int]) -> int:
         self.counted += 1
         return 2 * len(token_ids)
 
-    async def count_in_background(self, name: str, token_ids: Sequence[int]) -> int:
-        return self.count(name, token_ids)
+    async def count_in_background(self, network: Network, token_ids: Sequence[int]) -> int:
+        return self.count(network, token_ids)
 
-    def scores(self, name: str, token_id: int) -> bool:
+    def scores(self, network: Network, token_id: int) -> bool:
         return token_id % 2 == 1
 
 
@@ -92,10 +97,19 @@ def vocabularies() -> Vocabularies:
 
 
 @pytest.fixture
-async def door(engine: Engine, workers: Workers, vocabularies: Any) -> GenerationDoor:
+def leases(tmp_path: Path) -> Iterator[Leases]:
+    leases = Leases(tmp_path)
+    yield leases
+    leases.close()
+
+
+@pytest.fixture
+async def door(
+    engine: Engine, workers: Workers, leases: Leases, vocabularies: Any
+) -> GenerationDoor:
     catalog = Catalog(workers.call)
     await catalog.attach()
-    return GenerationDoor(engine.generate, catalog, vocabularies, KEY, 100, Failed)
+    return GenerationDoor(engine.generate, catalog, leases, vocabularies, KEY, 100, Failed)
 
 
 def params(sealed: str | None = None, **changes: Any) -> Any:
@@ -214,11 +228,13 @@ def test_min_tokens_must_fit_too(door: GenerationDoor) -> None:
         door.generate(tokens(10), guided(max_tokens=90, min_tokens=55), "r")
 
 
-async def test_what_vllm_shortens_to_the_target_is_not_asked_for(engine: Engine) -> None:
+async def test_what_vllm_shortens_to_the_target_is_not_asked_for(
+    engine: Engine, leases: Leases
+) -> None:
     catalog = Catalog(Workers([status("qa", max_context=100)]).call)
     await catalog.attach()
     vocabularies: Any = Vocabularies()
-    door = GenerationDoor(engine.generate, catalog, vocabularies, KEY, 100, Failed)
+    door = GenerationDoor(engine.generate, catalog, leases, vocabularies, KEY, 100, Failed)
     as_route(max_tokens=20)
     shortened = guided(max_tokens=10)
     door.generate(tokens(90), shortened, "r")
@@ -248,9 +264,7 @@ async def test_a_failure_token_becomes_an_error_that_names_the_network(
 ) -> None:
     request = as_route(max_tokens=16)
     engine.stop_reasons = [None, FAILURE_TOKEN, None]
-    workers.replies = [
-        {"networks": [status("qa", state="failed", reason="it threw"), status("json")]}
-    ]
+    workers.replies = [[report(status("qa", state="failed", reason="it threw"), status("json"))]]
     received = []
     with pytest.raises(Failed, match="value network qa@3f2a91c0 has failed: it threw") as failed:
         async for output in door.generate(tokens(4), guided(), "r"):
@@ -265,7 +279,7 @@ async def test_a_failure_is_an_error_even_when_its_reason_cannot_be_had(
 ) -> None:
     as_route(max_tokens=16)
     engine.stop_reasons = [FAILURE_TOKEN]
-    workers.replies = [{"error": "no processor"}]
+    workers.replies = [[{"error": "no processor"}]]
     with pytest.raises(Failed, match=r"qa@3f2a91c0 has failed; .*no processor"):
         async for _ in door.generate(tokens(4), guided(), "r"):
             pass
@@ -285,6 +299,69 @@ async def test_a_client_that_leaves_aborts_the_request(
     await anext(outputs)
     await outputs.aclose()
     assert engine.aborted
+
+
+async def test_a_request_keeps_the_version_that_it_was_accepted_with(
+    door: GenerationDoor, engine: Engine, workers: Workers
+) -> None:
+    as_route(max_tokens=30)
+    newer = status("qa", version="00000001", order=1, max_context=32)
+    workers.replies = [[report(status("qa", state="draining", max_context=64), newer)]]
+    await door._catalog.refresh()
+    door.generate(tokens(34), guided(max_tokens=30), "r")
+    with pytest.raises(ApiError, match="qa@3f2a91c0 reads at most 64 tokens"):
+        door.generate(tokens(35), guided(max_tokens=30), "r")
+
+
+async def test_a_version_that_fails_while_it_is_draining_says_why(
+    door: GenerationDoor, engine: Engine, workers: Workers
+) -> None:
+    as_route()
+    engine.stop_reasons = [FAILURE_TOKEN]
+    newer = status("qa", version="00000001", order=1)
+    workers.replies = [[report(status("qa", state="draining", reason="it threw"), newer)]]
+    with pytest.raises(Failed, match="qa@3f2a91c0 has failed: it threw"):
+        async for _ in door.generate(tokens(4), guided(), "r"):
+            pass
+
+
+async def test_a_version_that_is_gone_is_an_error_that_can_be_tried_again(
+    door: GenerationDoor, workers: Workers
+) -> None:
+    as_route()
+    workers.replies = [[report(status("qa", version="00000001"))]]
+    await door._catalog.refresh()
+    with pytest.raises(ApiError, match="qa@3f2a91c0 is not resident any more") as refused:
+        door.generate(tokens(4), guided(), "r")
+    assert refused.value.status == 503
+
+
+async def test_a_version_is_held_until_the_engine_has_let_go(
+    door: GenerationDoor, engine: Engine, leases: Leases
+) -> None:
+    as_route()
+    held: list[int] = []
+    engine.on_abort = lambda: held.append(leases.count("qa@3f2a91c0"))
+    outputs = door.generate(tokens(4), guided(), "r")
+    await anext(outputs)
+    assert leases.count("qa@3f2a91c0") == 1
+    await outputs.aclose()
+    assert held == [1], "the client has left, but the engine has not heard of it"
+    assert leases.count("qa@3f2a91c0") == 0
+
+
+async def test_tokens_are_counted_by_network(door: GenerationDoor, engine: Engine) -> None:
+    def counted(network: str) -> float:
+        labels = {"network": network, "version": "3f2a91c0"}
+        return REGISTRY.get_sample_value("trimtab_generation_tokens_total", labels) or 0.0
+
+    both = (QA, ChosenNetwork("json", "3f2a91c0", 1.0))
+    before = {name: counted(name) for name in ("qa", "json", "foreign")}
+    as_route(*both)
+    async for _ in door.generate(tokens(4), guided(*both), "r"):
+        pass
+    after = {name: counted(name) - before[name] for name in before}
+    assert after == {"qa": 4, "json": 4, "foreign": 0}
 
 
 class TestOtherVocabularies:
@@ -375,14 +452,11 @@ class TestOtherVocabularies:
         as_route(QA, FOREIGN)
         engine.stop_reasons = [FAILURE_TOKEN]
         states = {failing: {"state": "failed", "reason": "it threw"}}
-        workers.replies = [
-            {
-                "networks": [
-                    status("qa", **states.get("qa", {})),
-                    status("foreign", mapped=True, **states.get("foreign", {})),
-                ]
-            }
-        ]
+        networks = (
+            status("qa", **states.get("qa", {})),
+            status("foreign", mapped=True, **states.get("foreign", {})),
+        )
+        workers.replies = [[report(*networks)]]
         with pytest.raises(Failed, match=f"{failing}@3f2a91c0 has failed: it threw"):
             async for _ in door.generate(tokens(4), guided(QA, FOREIGN), "r"):
                 pass
@@ -393,7 +467,7 @@ class TestOtherVocabularies:
         as_route(FOREIGN)
         outputs = door.generate(tokens(4), guided(FOREIGN), "r")
         engine.stop_reasons = [FAILURE_TOKEN]
-        workers.replies = [{"networks": [status("foreign", mapped=True, version="00000000")]}]
-        with pytest.raises(Failed, match="no version '3f2a91c0'"):
+        workers.replies = [[report(status("foreign", mapped=True, version="00000000"))]]
+        with pytest.raises(Failed, match="foreign@3f2a91c0 is not resident any more"):
             async for _ in outputs:
                 pass

@@ -1,54 +1,70 @@
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from server.api.middleware import RequestGate, Traffic
+from server.api.middleware import LEASES, RequestGate, Traffic
+from server.lifecycle.leases import Leases
 from tests.server.networks import catalog_of, status
 
 GUIDED = "/v1/chat/completions"
 OTHER = "/v1/messages"
 LIMIT = 1000
+HELD = "qa@3f2a91c0"
 CURLS_OWN = {"content-type": "application/x-www-form-urlencoded"}
 
 
 class Server:
     """An application that echoes bodies behind the gate."""
 
-    def __init__(self, catalog: Any) -> None:
+    def __init__(self, catalog: Any, leases: Leases) -> None:
         self.traffic = Traffic()
+        self.leases = leases
         app = Starlette(
             routes=[Route(path, self._echo, methods=["POST"]) for path in (GUIDED, OTHER)]
         )
         gate = RequestGate(
             app,
             guided_paths=[GUIDED],
-            catalog=lambda: catalog,
+            offers=lambda name: name in catalog,
             traffic=self.traffic,
             max_body_bytes=LIMIT,
         )
         transport = httpx.ASGITransport(gate)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://test")
 
-    async def _echo(self, request: Request) -> JSONResponse:
+    async def _echo(self, request: Request) -> Response:
         body = (await request.body()).decode()
         content_type = request.headers["content-type"]
         running = self.traffic.running
+        request.scope[LEASES].append(self.leases.take([HELD]))
+        if "fail" in request.query_params:
+            raise RuntimeError("it failed")
+        if "stream" in request.query_params:
+            return StreamingResponse(self._stream())
         return JSONResponse({"body": body, "type": content_type, "running": running})
+
+    async def _stream(self) -> AsyncIterator[str]:
+        for _ in range(2):
+            yield f"{self.leases.count(HELD)} "
 
     async def post(self, path: str, **options: Any) -> httpx.Response:
         return await self._client.post(path, **options)
 
 
 @pytest.fixture
-async def server() -> Server:
-    return Server(await catalog_of(status("qa")))
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    leases = Leases(tmp_path)
+    yield Server(await catalog_of(status("qa")), leases)
+    leases.close()
 
 
 HIDDEN = r'{"value\u005fguidance": "qa", "model": "target", "x": '
@@ -184,6 +200,33 @@ async def test_running_requests_are_counted(server: Server) -> None:
     assert server.traffic.running == 0
     await server.post(GUIDED, content="{")
     assert server.traffic.running == 0
+
+
+async def test_leases_last_as_long_as_the_answer(server: Server) -> None:
+    streamed = await server.post(f"{GUIDED}?stream", json={})
+    assert streamed.text == "1 1 "
+    assert server.leases.count(HELD) == 0
+    with pytest.raises(RuntimeError, match="it failed"):
+        await server.post(f"{GUIDED}?fail", json={})
+    assert server.leases.count(HELD) == 0
+
+
+async def test_a_client_that_leaves_holds_no_lease(server: Server) -> None:
+    reading = asyncio.Event()
+
+    async def forever() -> AsyncIterator[str]:
+        yield "first"
+        reading.set()
+        await asyncio.Event().wait()
+
+    server._stream = forever  # type: ignore[method-assign]
+    answer = asyncio.create_task(server.post(f"{GUIDED}?stream", json={}))
+    await reading.wait()
+    assert server.leases.count(HELD) == 1
+    answer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answer
+    assert server.leases.count(HELD) == 0
 
 
 async def test_a_server_that_shuts_down_is_unavailable(server: Server) -> None:

@@ -3,10 +3,11 @@ from typing import Any
 import pytest
 
 from server.api.errors import ApiError
-from server.api.selection import Selection, select
+from server.api.selection import Selection, references
+from server.api.selection import select as resolve
 from server.api.value_guidance import GuidingNetworks
-from server.catalog import Catalog
 from server.choice import ChosenNetwork
+from server.lifecycle.catalog import Catalog
 from tests.server.networks import catalog_of, status
 
 
@@ -15,6 +16,7 @@ async def catalog() -> Catalog:
     return await catalog_of(
         status("qa", scale=0.5),
         status("json"),
+        status("qa", version="00000001", state="draining", order=-1),
         status("dead", state="failed", reason="its logits are not finite"),
     )
 
@@ -22,6 +24,14 @@ async def catalog() -> Catalog:
 def guidance(*networks: tuple[str, float | None]) -> GuidingNetworks:
     entries = [{"name": name, "scale": scale} for name, scale in networks]
     return GuidingNetworks.model_validate({"networks": entries})
+
+
+def select(
+    catalog: Catalog, model: str | None, value_guidance: Any, max_networks: int
+) -> Selection:
+    """As the route does."""
+    references(model, value_guidance, max_networks)
+    return resolve(catalog, model, value_guidance)
 
 
 def refusal(*arguments: Any, max_networks: int = 2) -> ApiError:
@@ -51,6 +61,13 @@ def test_a_network_is_chosen_by_model_or_by_value_guidance(
     assert select(catalog, model, value_guidance, 1) == Selection((chosen,))
 
 
+def test_what_a_request_may_name_is_known_before_it_is_resolved() -> None:
+    assert references("t", None, 1) == [("t", "model")]
+    assert references(None, "qa@3f2a91c0", 1) == [("qa@3f2a91c0", "value_guidance")]
+    both = references("t", guidance(("qa", 0), ("json", None)), 2)
+    assert both == [("qa", "value_guidance"), ("json", "value_guidance"), ("t", "model")]
+
+
 @pytest.mark.parametrize(
     ("model", "value_guidance"), [(None, None), ("t", None), ("t", guidance())]
 )
@@ -75,6 +92,7 @@ def test_the_answer_names_a_choice_that_repeats_the_request(catalog: Catalog) ->
     [
         (None, "guard", "value_guidance"),
         (None, "qa@00000000", "value_guidance"),
+        (None, "qa@00000001", "value_guidance"),  # draining
         (None, guidance(("qa", 1), ("guard", 1)), "value_guidance"),
         ("qa@00000000", None, "model"),
         ("qa@", "qa", "model"),

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from server.api.vocabularies import SHORT_PROMPT, Vocabularies
-from server.settings import Settings
+from server.lifecycle.catalog import Catalog
 from tests.models import (
     make_mapped_network,
     make_model,
@@ -30,8 +30,10 @@ from tests.server.api.test_routes import (
     text_of,
 )
 from tests.server.conftest import SMALL
+from tests.server.networks import Workers, report, status
 from tests.server.serving import Served, serving
 from value_models.manifest import tokenizer_fingerprint
+from value_models.vocabulary.tokens import VocabularyError
 
 BRIEF = 64
 """Tokens that the network "brief" reads."""
@@ -149,27 +151,64 @@ def test_structured_outputs(client: httpx.Client) -> None:
 
 class TestVocabularies:
     @pytest.fixture
-    def vocabularies(self, networks: Path) -> Vocabularies:
-        folders = {name: networks / name for name in ("foreign", "brief")}
-        fingerprint = tokenizer_fingerprint(make_tokenizer())
-        return Vocabularies(Settings(networks=folders, key="", tokenizer_fingerprint=fingerprint))
+    def workers(self, networks: Path) -> Workers:
+        return Workers(
+            [
+                status(name, mapped=True, folder=str(networks / name))
+                for name in ("foreign", "brief")
+            ]
+        )
+
+    @pytest.fixture
+    async def catalog(self, workers: Workers) -> Catalog:
+        catalog = Catalog(workers.call)
+        await catalog.attach()
+        return catalog
+
+    @pytest.fixture
+    def vocabularies(self, catalog: Catalog) -> Vocabularies:
+        return Vocabularies(catalog, tokenizer_fingerprint(make_tokenizer()))
 
     async def test_prompts_are_counted_in_the_networks_tokens(
-        self, vocabularies: Vocabularies
+        self, catalog: Catalog, vocabularies: Vocabularies
     ) -> None:
+        foreign, brief = catalog.find("foreign"), catalog.find("brief")
         text = "Where was Ana Kovac born? 東京"
         ids = make_tokenizer()(text).input_ids
         expected = len(make_sentencepiece_tokenizer()(text).input_ids)
-        assert vocabularies.count("foreign", ids) == expected
-        assert await vocabularies.count_in_background("foreign", ids) == expected
+        assert vocabularies.count(foreign, ids) == expected
+        assert await vocabularies.count_in_background(foreign, ids) == expected
         long = ids * SHORT_PROMPT
-        counted = await vocabularies.count_in_background("brief", long)
-        assert counted == vocabularies.count("brief", long)
+        counted = await vocabularies.count_in_background(brief, long)
+        assert counted == vocabularies.count(brief, long)
 
-    def test_ids_are_scored_that_have_a_counterpart(self, vocabularies: Vocabularies) -> None:
+    async def test_ids_are_scored_that_have_a_counterpart(
+        self, catalog: Catalog, vocabularies: Vocabularies
+    ) -> None:
+        foreign = catalog.find("foreign")
         tokenizer = make_tokenizer()
         (letter,) = tokenizer("a", add_special_tokens=False).input_ids
-        assert vocabularies.scores("foreign", letter)
-        assert not vocabularies.scores("foreign", len(tokenizer))
-        assert not vocabularies.scores("foreign", tokenizer.pad_token_id)
-        assert not vocabularies.scores("foreign", -1)
+        assert vocabularies.scores(foreign, letter)
+        assert not vocabularies.scores(foreign, len(tokenizer))
+        assert not vocabularies.scores(foreign, tokenizer.pad_token_id)
+        assert not vocabularies.scores(foreign, -1)
+
+    async def test_each_version_has_its_own_until_it_is_gone(
+        self, catalog: Catalog, vocabularies: Vocabularies, workers: Workers, networks: Path
+    ) -> None:
+        (letter,) = make_tokenizer()("a", add_special_tokens=False).input_ids
+        old = catalog.find("foreign")
+        assert vocabularies.scores(old, letter)
+        unmapped = status("foreign", version="00000001", order=1, folder=str(networks / "qa"))
+        draining = old.model_dump() | {"state": "draining"}
+        workers.replies = [[report(draining, unmapped)]]
+        await catalog.refresh()
+        with pytest.raises(VocabularyError):
+            vocabularies.scores(catalog.find("foreign"), letter)
+        assert vocabularies.scores(old, letter)
+
+        workers.replies = [[report(unmapped)]]
+        await catalog.refresh()
+        gone = old.model_copy(update={"folder": str(networks / "no such folder")})
+        with pytest.raises(VocabularyError):
+            vocabularies.scores(gone, letter)

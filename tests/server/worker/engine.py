@@ -1,6 +1,7 @@
 """The real engine with guidance, offline, and what transformers says it should have sampled."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,9 +45,10 @@ class GuidedEngine:
     def __init__(self, target: Path, networks: dict[str, Path], **options: Any) -> None:
         settings = {
             name: options.pop(name)
-            for name in ("value_cache_gb", "prefix_caching")
+            for name in ("value_memory_gb", "prefix_caching")
             if name in options
         }
+        settings |= {"sources": options.pop("sources", {})}
         fingerprint = tokenizer_fingerprint(PreTrainedTokenizerFast.from_pretrained(target))
         Settings(networks=networks, key=KEY, tokenizer_fingerprint=fingerprint, **settings).export()
         folders = {name: check_network(path, name) for name, path in networks.items()}
@@ -67,12 +69,59 @@ class GuidedEngine:
             worker_extension_cls="server.worker.extension.ValueNetworkWorker",
             **{"enforce_eager": True, **options},
         )
-        (reply,) = self.llm.collective_rpc("trimtab_attach")
-        assert "error" not in reply, reply
+        self.call("attach")
+
+    def call(self, method: str, *args: Any) -> dict[str, Any]:
+        """Ask all workers, which must answer alike, but for times and the pace of a load."""
+        replies: list[dict[str, Any]] = self.llm.collective_rpc(f"trimtab_{method}", args=args)
+        assert not any("error" in reply for reply in replies), replies
+        states = [reply.get("state", reply.get("refused")) for reply in replies]
+        if method == "advance" and set(states) == {"building", "built"}:
+            return replies[states.index("building")]
+        assert len(set(states)) == 1, states
+        return replies[0]
 
     def status(self) -> dict[str, dict[str, Any]]:
-        (reply,) = self.llm.collective_rpc("trimtab_networks")
-        return {network["name"]: network for network in reply["networks"]}
+        return {network["name"]: network for network in self.call("networks")["networks"]}
+
+    def begin(self, name: str, folder: Path, **changes: Any) -> dict[str, Any]:
+        """Ask for the memory of a load, whose id is the name."""
+        checked = check_network(folder, name)
+        load = {
+            "id": name,
+            "name": name,
+            "source": folder.name,
+            "owner": "test",
+            "num_parameters": checked.num_parameters,
+            "kv_shape": list(checked.kv_shape),
+            "vocab_size": checked.vocab_size,
+            "max_context": checked.max_context,
+            "mapped": False,
+            "supersede": True,
+        }
+        return self.call("begin", load | changes)
+
+    def load(self, name: str, folder: Path, mapped: bool = False) -> Iterator[None]:
+        """Load a network as an API process would; each `next` is one call."""
+        version = check_network(folder, name).version
+        assert "refused" not in self.begin(name, folder, mapped=mapped)
+        yield
+        state = self.call("build", name, version, str(folder))["state"]
+        yield
+        while state == "building":
+            reply = self.call("advance", name)
+            state = reply["state"]
+            yield
+        if state == "built":
+            state = "warming"
+        while state == "warming":
+            reply = self.call("warm_up", name)
+            state = reply["state"]
+            yield
+        assert state in ("prepared", "ready"), reply
+        self.call("commit", name)
+        self.versions[name] = version
+        self.networks[name] = _load(folder)
 
     def params(self, ask: Ask) -> SamplingParams:
         options: dict[str, Any] = {
@@ -147,6 +196,19 @@ def guided_engine(
         yield engine
     finally:
         engine.llm.llm_engine.engine_core.shutdown()
+
+
+def one_context_gb(networks: dict[str, Path], max_model_len: int, block_size: int = 32) -> float:
+    """The least memory for these networks, whose KV pools then hold one context each."""
+    num_bytes = 0.0
+    pools = {}
+    for name, path in networks.items():
+        network = check_network(path, name)
+        num_bytes += 4.2 * network.num_parameters  # float32, and vocabularies are padded
+        longest = min(network.max_context, 4 * max_model_len)
+        blocks = -(-longest // block_size) + 1
+        pools[network.kv_shape, longest] = blocks * block_size * 8 * math.prod(network.kv_shape)
+    return (num_bytes + sum(pools.values())) / 2**30
 
 
 def _load(path: Path) -> PreTrainedModel:

@@ -3,13 +3,14 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from vllm import LLM, SamplingParams
 
 from tests.models import make_model, make_network
-from tests.server.worker.engine import Ask, GuidedEngine, guided_engine
+from tests.server.worker.engine import Ask, GuidedEngine, guided_engine, one_context_gb
 
 CONTEXT = 256
 VOCAB = 512
@@ -82,7 +83,7 @@ def engine(models: dict[str, Path]) -> Iterator[GuidedEngine]:
     networks = dict(models)
     models |= {"target": target, "padded": padded}
     with guided_engine(
-        target, networks, value_cache_gb=0.05, max_num_seqs=8, enable_prefix_caching=True
+        target, networks, value_memory_gb=0.1, max_num_seqs=8, enable_prefix_caching=True
     ) as engine:
         yield engine
 
@@ -193,7 +194,7 @@ def test_preemption_chunked_prefill_and_a_tiny_value_cache(models: dict[str, Pat
     with guided_engine(
         models["padded"],
         networks,
-        value_cache_gb=1e-6,
+        value_memory_gb=one_context_gb(networks, CONTEXT),
         prefix_caching=False,
         enable_prefix_caching=False,
         block_size=32,
@@ -223,3 +224,23 @@ def test_compiled_networks_of_one_architecture(tmp_path: Path) -> None:
             for length in range(1, 25)
         ]
         engine.assert_exact(asks, engine.run(asks))
+
+        # One that comes later runs what they compiled; another architecture runs uncompiled.
+        late = make_network(tmp_path / "d", layers=1, max_position_embeddings=CONTEXT, seed=20)
+        other = make_network(tmp_path / "e", layers=2, max_position_embeddings=CONTEXT, seed=21)
+        for name, folder in (("d", late), ("e", other)):
+            for _ in engine.load(name, folder):
+                pass
+            (eager,) = engine.llm.collective_rpc(runs_eagerly, args=(name,))
+            assert eager == (name == "e")
+        asks = [Ask([rng.randrange(10, VOCAB - 1), 11, 12], 40, name) for name in "adeda"]
+        engine.assert_exact(asks, engine.run(asks))
+        # The weights of the one that compiled it go; its compiled forward stays.
+        engine.call("retire", "a", False)
+        engine.call("unload", f"a@{engine.versions['a']}")
+        engine.assert_exact(asks[1:4], engine.run(asks[1:4]))
+
+
+def runs_eagerly(worker: Any, name: str) -> bool:
+    networks = worker._value_guidance().residency.networks()
+    return next(network._eager for network in networks if network.folder.name == name)

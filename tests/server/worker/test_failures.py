@@ -29,7 +29,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuidedEngine]:
         weights["model.embed_tokens.weight"][POISON] = float("inf")
         save_file(weights, networks[name] / "model.safetensors", metadata={"format": "pt"})
     with guided_engine(
-        make_model(root / "target"), networks, value_cache_gb=0.05, max_num_seqs=8
+        make_model(root / "target"), networks, value_memory_gb=0.1, max_num_seqs=8
     ) as engine:
         yield engine
 

@@ -31,6 +31,6 @@ def test_a_trained_network_serves(architecture: str, tmp_path: Path) -> None:
     )
     prompt = make_tokenizer()("Where was Ana Kovac born?").input_ids
     asks = [Ask(prompt, 24, "trained"), Ask(prompt, 24)]
-    with guided_engine(base, {"trained": tmp_path / "trained"}, value_cache_gb=0.01) as engine:
+    with guided_engine(base, {"trained": tmp_path / "trained"}, value_memory_gb=0.1) as engine:
         assert not engine.mapped
         engine.assert_exact(asks, engine.run(asks))

@@ -17,7 +17,7 @@ from tests.models import (
     make_sentencepiece_tokenizer,
     make_tokenizer,
 )
-from tests.server.worker.engine import Ask, GuidedEngine, guided_engine
+from tests.server.worker.engine import Ask, GuidedEngine, guided_engine, one_context_gb
 
 CONTEXT = 320
 SCALES = (1.0, 0.4, -1.0, 2.5)
@@ -122,7 +122,7 @@ def test_preemption_chunked_prefill_and_a_tiny_value_cache(
     """Everything scarce: prompts come in chunks, requests are thrown out, value blocks run out."""
     with guided_engine(
         *models,
-        value_cache_gb=1e-6,
+        value_memory_gb=one_context_gb(models[1], 160),
         prefix_caching=False,
         enable_prefix_caching=False,
         block_size=32,
@@ -146,7 +146,7 @@ def test_preemption_chunked_prefill_and_a_tiny_value_cache(
 @pytest.fixture(scope="module")
 def engine(models: tuple[Path, dict[str, Path]]) -> Iterator[GuidedEngine]:
     with guided_engine(
-        *models, value_cache_gb=0.05, max_num_seqs=8, enable_prefix_caching=True
+        *models, value_memory_gb=0.1, max_num_seqs=8, enable_prefix_caching=True
     ) as engine:
         yield engine
 
@@ -190,3 +190,19 @@ def test_a_block_that_may_be_rewritten_is_never_shared(engine: GuidedEngine) -> 
     asks = [Ask([*lead, *ids("? Lanterns, " * 3)], 4, network) for lead in leads]
     engine.assert_exact(asks, engine.run(asks))
     assert engine.status()[network]["prefix_hits"] > before
+
+
+def test_a_mapped_network_is_loaded_while_others_decode(
+    engine: GuidedEngine, models: tuple[Path, dict[str, Path]]
+) -> None:
+    folder = models[1]["other-0"]
+    for _ in engine.load("late", folder, mapped=True):
+        pass
+    engine.mapped["late"] = engine.mapped["other-0"]
+    try:
+        asks = [ask for ask in mixed_asks(engine, seed=9) if not ask.also]
+        engine.assert_exact(asks, engine.run(asks))
+        assert any(ask.network == "late" for ask in asks)
+        assert engine.status()["late"]["mapped"]
+    finally:
+        del engine.mapped["late"]

@@ -1,0 +1,463 @@
+"""The process that touches network folders: one for each API process, at low priority.
+
+Reading, hashing, checking and copying take seconds, and whatever a folder holds must not harm the
+server. So a child process does it: a folder that crashes it costs that one request, and the child
+is replaced.
+
+The child reads requests from its standard input, a line of JSON each, and answers on its standard
+output, in any order: `{"id", "method", ...}` -> `{"id", "result"}` or
+`{"id", "refused", "because"}`. It ends when its input does, so never outlives its parent.
+
+It works at nice 19: where decoding keeps the cores busy it gets about a seventieth of them, and
+where decoding leaves gaps it gets those. SCHED_IDLE would get a fifth of that, too little for a
+load to end while requests wait for it. It copies in pieces of 1 MiB, between which it can be put
+aside.
+"""
+
+import asyncio
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from server.run_directory import NETWORKS
+from server.settings import ENVIRONMENT_VARIABLE, Settings
+from value_models.publish import remove
+from value_models.snapshot import remove_unfinished, snapshot
+from value_models.store import (
+    DirectoryError,
+    NetworkError,
+    NetworkFolder,
+    NoSuchNetwork,
+    Store,
+    check_fits,
+    check_name,
+    check_tokenizer,
+)
+
+MODULE = "server.lifecycle.staging"
+PATIENCE_SECONDS = 300.0
+"""How long any request may take before the child is taken to hang, beside what it copies."""
+BYTES_PER_SECOND = 2e6
+"""What copying is always faster than, on a machine that is busy."""
+KEYS = ("VLLM_API_KEY", "TRIMTAB_ADMIN_API_KEY")
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+READY = 0
+"""The id of the child's first line: it has imported what it needs."""
+
+
+class StagingError(RuntimeError):
+    """Not the network is at fault: the child died, the store cannot be read, there is no room."""
+
+
+class NetworkFacts(BaseModel):
+    """What a checked folder of the store says about its network."""
+
+    name: str
+    source: str
+    kind: str
+    scale: float
+    vocab_size: int
+    max_context: int
+    num_parameters: int
+    num_bytes: int
+    """Size of the weight files."""
+    kv_shape: tuple[int, int, int]
+    """Layers, KV heads, head size."""
+    mapped: bool
+    """It has another vocabulary than the target, and a sound map to the target's."""
+
+
+class StagedNetwork(NetworkFacts):
+    """A network that was copied into the run directory."""
+
+    version: str
+    folder: Path
+
+
+class Stager:
+    """Asks a child process of this one; to be used from one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._child: _Child | None = None
+        self._closed = False
+        self._unowned: set[asyncio.Future[Any]] = set()
+
+    def start(self) -> None:
+        """Start the child, which then imports what it needs. Only within a running event loop."""
+        self._child = _Child(self._settings, self._replace)
+
+    async def inspect(self, source: str, name: str) -> NetworkFacts:
+        """Check a folder of the store, all but the contents of its weights.
+
+        Args:
+            source: name of the folder.
+            name: what clients will call the network.
+
+        Raises:
+            NetworkError: it cannot be served; `NoSuchNetwork` if there is none.
+            StagingError: the store cannot be read, or the child failed.
+        """
+        check_name(source)
+        check_name(name)
+        return NetworkFacts(**await self._ask("inspect", source=source, name=name))
+
+    async def stage(self, source: str, name: str, max_bytes: int) -> StagedNetwork:
+        """Check a folder of the store as a whole, and copy it into the run directory.
+
+        If the caller is cancelled, the copy is deleted.
+
+        Args:
+            source: name of the folder.
+            name: what clients will call the network.
+            max_bytes: refuse a network with larger files before anything is read.
+
+        Raises:
+            NetworkError, StagingError: as `inspect`.
+        """
+        check_name(source)
+        check_name(name)
+        staging = asyncio.ensure_future(
+            self._ask("stage", source=source, name=name, max_bytes=max_bytes)
+        )
+        try:
+            return StagedNetwork(**await asyncio.shield(staging))
+        except asyncio.CancelledError:
+            self._later(self._discard_unowned(staging))
+            raise
+
+    async def list(self) -> list[str]:
+        """Return the names of the networks in the store now. Raises `StagingError`."""
+        try:
+            names: list[str] = await self._ask("list")
+        except NetworkError as error:
+            raise StagingError(str(error)) from None
+        return names
+
+    async def remove(self, source: str) -> None:
+        """Delete a network from the store.
+
+        Raises:
+            NetworkError: the store cannot be written; `NoSuchNetwork` if there is none.
+            StagingError: the child failed.
+        """
+        check_name(source)
+        await self._ask("remove", source=source)
+
+    async def discard(self, folder: Path, weights_only: bool) -> None:
+        """Delete a snapshot, or only its weights: maps and tokenizer are still read.
+
+        Raises:
+            StagingError: that is no snapshot, or the child failed.
+        """
+        await self._ask("discard", folder=str(folder), weights_only=weights_only)
+
+    async def close(self) -> None:
+        """End the child."""
+        self._closed = True
+        for task in list(self._unowned):
+            task.cancel()
+        if self._child is not None:
+            self._child.kill()
+
+    async def _ask(self, method: str, **arguments: Any) -> Any:
+        if self._closed:
+            raise StagingError("the server is stopping")
+        if self._child is None:
+            self.start()
+        assert self._child is not None
+        patience = PATIENCE_SECONDS + arguments.get("max_bytes", 0) / BYTES_PER_SECOND
+        answer = await self._child.ask({"method": method, **arguments}, patience)
+        if "result" in answer:
+            return answer["result"]
+        raise _REFUSALS[answer["refused"]](answer["because"])
+
+    async def _discard_unowned(self, staging: "asyncio.Future[Any]") -> None:
+        with suppress(NetworkError, StagingError):
+            staged = StagedNetwork(**await staging)
+            await self.discard(staged.folder, weights_only=False)
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._unowned.add(task)
+        task.add_done_callback(self._unowned.discard)
+
+    def _replace(self, child: "_Child") -> None:
+        """A child has ended: start the next one, unless it would end in the same way."""
+        if self._child is child:
+            self._child = None
+            if child.was_ready and not self._closed:
+                self.start()
+
+
+class _Child:
+    """One child process and the answers that it owes."""
+
+    def __init__(self, settings: Settings, ended: Callable[["_Child"], None]) -> None:
+        self.was_ready = False
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._next_id = READY + 1
+        self._owed: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._reason = ""
+        # It gets no keys: it needs none.
+        own = Settings(
+            networks={},
+            key="",
+            tokenizer_fingerprint=settings.tokenizer_fingerprint,
+            store=settings.store,
+            run_dir=settings.run_dir,
+        )
+        inherited = {name: value for name, value in os.environ.items() if name not in KEYS}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", MODULE],
+            env=inherited | ONE_THREAD | {ENVIRONMENT_VARIABLE: own.model_dump_json()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        # Neither event loop has pipes that can be opened without waiting.
+        threading.Thread(target=self._listen, daemon=True, name="staging").start()
+
+    async def ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
+        """Return the child's answer. Raises `StagingError` if there will be none."""
+        identity, self._next_id = self._next_id, self._next_id + 1
+        owed = self._owed[identity] = self._loop.create_future()
+        line = json.dumps({"id": identity, **request}) + "\n"
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # then `_listen` ends too, and says why
+            self._process.stdin.write(line.encode())
+            self._process.stdin.flush()
+        try:
+            return await asyncio.wait_for(owed, patience)
+        except TimeoutError:
+            self._reason = f"it did not answer for {patience:.0f} s"
+            self.kill()
+            raise StagingError(f"a network's folder cannot be read: {self._reason}") from None
+        finally:
+            self._owed.pop(identity, None)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+    def _listen(self) -> None:
+        """In a thread: pass each line on to the event loop."""
+        assert self._process.stdout is not None
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            for line in self._process.stdout:
+                self._loop.call_soon_threadsafe(self._hear, line)
+            code = self._process.wait()
+            self._loop.call_soon_threadsafe(self._give_up, code)
+
+    def _hear(self, line: bytes) -> None:
+        try:
+            answer = json.loads(line)
+            identity = answer["id"]
+        except (ValueError, KeyError, TypeError):
+            self._reason = "it made no sense"
+            return self.kill()
+        self.was_ready = True
+        owed = self._owed.get(identity)
+        if owed is not None and not owed.done():
+            owed.set_result(answer)
+
+    def _give_up(self, code: int) -> None:
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        reason = self._reason or how
+        for owed in self._owed.values():
+            if not owed.done():
+                owed.set_exception(
+                    StagingError(f"the process that reads networks' folders ended ({reason})")
+                )
+        self._ended(self)
+
+
+def check_servable(network: NetworkFolder, target_fingerprint: str) -> None:
+    """Check that a network can steer the target, and that what it needs for that can be read.
+
+    Raises:
+        NetworkError: it cannot.
+    """
+    check_fits(network, target_fingerprint)
+    if is_mapped(network, target_fingerprint):
+        from value_models.vocabulary.reading import Reader
+        from value_models.vocabulary.tokens import VocabularyError
+
+        try:
+            Reader.load(network.path, target_fingerprint)
+        except VocabularyError as error:
+            raise NetworkError(f"value network {network.name!r}: {error}") from error
+
+
+def is_mapped(network: NetworkFolder, target_fingerprint: str) -> bool:
+    """Whether a network has another vocabulary than the target."""
+    return network.manifest.tokenizer_fingerprint != target_fingerprint
+
+
+class Folders:
+    """What the child does: a method for each request, called with its arguments."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        assert settings.run_dir is not None
+        self._snapshots = settings.run_dir / NETWORKS
+        remove_unfinished(self._snapshots)
+
+    def inspect(self, source: str, name: str) -> dict[str, Any]:
+        network = self._store().check(source, with_version=False).named(check_name(name))
+        check_servable(network, self._settings.tokenizer_fingerprint)
+        check_tokenizer(network)
+        return self._facts(network, source)
+
+    def stage(self, source: str, name: str, max_bytes: int) -> dict[str, Any]:
+        network = snapshot(self._store().folder(source), name, self._snapshots, max_bytes)
+        try:
+            check_servable(network, self._settings.tokenizer_fingerprint)
+        except BaseException:
+            shutil.rmtree(network.path, ignore_errors=True)
+            raise
+        facts = self._facts(network, source)
+        return facts | {"version": network.version, "folder": str(network.path)}
+
+    def list(self) -> list[str]:
+        return self._store().names() if self._settings.store else []
+
+    def remove(self, source: str) -> None:
+        remove(self._store().directory, source)
+
+    def discard(self, folder: str, weights_only: bool) -> None:
+        path = Path(folder)
+        if path.parent != self._snapshots or path.name.startswith("."):
+            raise DirectoryError(f"{folder} is no snapshot of a network")
+        if weights_only:
+            for file in path.glob("*.safetensors"):
+                file.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _store(self) -> Store:
+        if self._settings.store is None:
+            raise DirectoryError("there is no store; start the server with --value-network-dir")
+        return Store(self._settings.store)
+
+    def _facts(self, network: NetworkFolder, source: str) -> dict[str, Any]:
+        return NetworkFacts(
+            name=network.name,
+            source=source,
+            kind=network.manifest.kind,
+            scale=network.manifest.default_scale,
+            vocab_size=network.vocab_size,
+            max_context=network.max_context,
+            num_parameters=network.num_parameters,
+            num_bytes=network.num_bytes,
+            kv_shape=network.kv_shape,
+            mapped=is_mapped(network, self._settings.tokenizer_fingerprint),
+        ).model_dump()
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what was asked. Whatever goes wrong is an answer too."""
+        identity, method = request.pop("id"), request.pop("method")
+        try:
+            return {"id": identity, "result": getattr(self, method)(**request)}
+        except NetworkError as error:
+            return {"id": identity, "refused": _refusal(error, method), "because": str(error)}
+        except Exception as error:
+            reason = f"{method} failed: {type(error).__name__}: {error}"
+            return {"id": identity, "refused": "staging", "because": reason[:500]}
+
+
+_REFUSALS: dict[str, Callable[[str], Exception]] = {
+    "network": NetworkError,
+    "missing": NoSuchNetwork,
+    "staging": StagingError,
+}
+
+
+def _refusal(error: NetworkError, method: str) -> str:
+    if isinstance(error, NoSuchNetwork):
+        return "missing"
+    # That the store is read-only is an answer to who wants to delete from it.
+    return "staging" if isinstance(error, DirectoryError) and method != "remove" else "network"
+
+
+def main() -> None:
+    """Be the child."""
+    _be_humble()
+    _die_with_parent()
+    answers = os.fdopen(os.dup(1), "wb", 0)
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    writing = threading.Lock()
+
+    def write(answer: dict[str, Any]) -> None:
+        with writing:
+            answers.write(json.dumps(answer).encode() + b"\n")
+
+    def preload() -> None:
+        _preload()
+        write({"id": READY, "result": None})
+
+    folders = Folders(Settings.load())
+    # What is quick does not wait behind a copy.
+    lanes = {method: ThreadPoolExecutor(1) for method in ("stage", "inspect", "list")}
+    lanes |= {"remove": lanes["stage"], "discard": lanes["inspect"]}
+    lanes["stage"].submit(lanes["inspect"].submit(preload).result)
+
+    def answer(request: dict[str, Any]) -> None:
+        _step_back()
+        write(folders.answer(request))
+
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        lanes[request["method"]].submit(answer, request)
+    os._exit(0)  # the parent is gone, or wants no answers
+
+
+def _preload() -> None:
+    """Import what checks need, which takes seconds, before the first is asked for."""
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+    import value_models.vocabulary.reading  # noqa: F401
+
+
+def _be_humble() -> None:
+    """Get out of the way of decoding, and be the first to go when memory is short.
+
+    Threads keep the priority at which they were started, so this one is for importing: seconds of
+    work that the first requests wait for. `_step_back` is for all that follows.
+    """
+    os.nice(10)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _step_back() -> None:
+    """Take the lowest priority, for this thread."""
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
+
+
+def _die_with_parent() -> None:
+    """The end of the input comes late where a process forked off the parent holds its pipe."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

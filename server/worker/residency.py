@@ -1,0 +1,522 @@
+"""Which value networks a worker holds: loading, memory, versions, unloading.
+
+All of it happens on the thread that decodes, between two steps: the API processes call, and each
+call does a short piece of work (`server.worker.extension`). An operation that spans several calls
+is a `_Load`; all workers of an engine get the same calls in the same order.
+"""
+
+import gc
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from server.settings import Settings
+from server.worker.blocks import BLOCK_SIZE, BlockPool, KVShape
+from server.worker.compilation import CompiledForwards
+from server.worker.loading import Pieces, finish
+from server.worker.network import TOKENS_PER_TARGET_TOKEN, ValueNetwork
+from server.worker.translation import Readers
+from value_models.manifest import MANIFEST_FILE, Manifest
+from value_models.store import NetworkFolder, check_network
+
+logger = init_logger(__name__)
+
+Reply = dict[str, Any]
+
+SHORTEST_SLICE = 0.002
+LONGEST_SLICE = 0.02
+SLICE_SHARE = 0.4
+"""A slice of a load takes at most this share of a decoding step, within these bounds in seconds."""
+
+
+class OutOfMemory(ValueError):
+    """Value networks would take more memory than they may."""
+
+
+@dataclass
+class _Resident:
+    """A network that rows may use, and what is known of it besides."""
+
+    network: ValueNetwork
+    source: str | None
+    order: int
+    loaded_at: float
+    load_seconds: float
+    draining: bool = False
+    last_used: float | None = None
+
+
+@dataclass
+class _Load:
+    """A network on its way in, or why it did not get there."""
+
+    id: str
+    name: str
+    source: str
+    owner: str
+    started_at: float
+    promised_bytes: int = 0
+    facts: Reply = field(default_factory=dict)
+    state: Literal["loading", "failed"] = "loading"
+    reason: str | None = None
+    version: str = ""
+    pieces: Pieces | None = None
+    network: ValueNetwork | None = None
+    warming: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether there is nothing left to do but to switch."""
+        tried = self.warming and self.pieces is None
+        return self.state == "loading" and (self.network is None or tried)
+
+    def free(self) -> None:
+        """Give back whatever was built."""
+        self.pieces = None
+        self.promised_bytes = 0
+        if self.network is not None:
+            self.network.free()
+            self.network = None
+
+
+class Residency:
+    """The value networks of one worker.
+
+    Attributes:
+        revision: changes whenever `find` may answer differently.
+        step_seconds: the time of a decoding step lately; bounds the slices of a load.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, settings: Settings, device: torch.device) -> None:
+        """Load every network of `settings`, to the end.
+
+        Raises:
+            NetworkError, ValueError, OutOfMemory: of a network that a flag names; one that comes
+                from the store is noted as failed.
+        """
+        self.revision = 0
+        self.step_seconds = 0.0
+        self._config = vllm_config
+        self._settings = settings
+        self._device = device
+        self._total = int(settings.value_memory_gb * (1 << 30))
+        self._residents: dict[tuple[str, str], _Resident] = {}
+        self._loads: dict[str, _Load] = {}
+        self._pools: list[BlockPool] = []
+        self._num_pools = 0
+        self._forwards = CompiledForwards()
+        self._readers = Readers()
+        self._withheld = set(settings.withheld)
+        self._order = 0
+        for name, reason in settings.unloadable.items():
+            self._note_failure(name, settings.sources.get(name, name), reason)
+        self._load_at_start()
+        # On CUDA, vLLM sizes the target's KV cache by what is left now.
+        self._reservation: torch.Tensor | None = None
+        if device.type == "cuda":
+            self._reservation = torch.empty(self._free(), dtype=torch.uint8, device=device)
+
+    def settle(self) -> None:
+        """The engine has taken its memory: free what was kept for networks to come."""
+        self._reservation = None
+        # A full collection walks all of vLLM's objects, for about 0.4 s: none is garbage.
+        gc.collect()
+        gc.freeze()
+
+    def find(self, name: str, version: str) -> ValueNetwork | None:
+        """Return the network of that version, also if it is draining or has failed."""
+        resident = self._residents.get((name, version))
+        return None if resident is None else resident.network
+
+    def networks(self) -> Iterable[ValueNetwork]:
+        """All that rows may use."""
+        return (resident.network for resident in self._residents.values())
+
+    def used(self, network: ValueNetwork) -> None:
+        """Take note that rows were scored."""
+        resident = self._residents.get((network.folder.name, network.folder.version))
+        if resident is not None:
+            resident.last_used = time.time()
+
+    def status(self) -> Reply:
+        """Describe all of it, as plain data for the API processes."""
+        return {
+            "networks": [self._describe(resident) for resident in self._residents.values()],
+            "loads": [
+                {
+                    "id": load.id,
+                    "name": load.name,
+                    "source": load.source,
+                    "owner": load.owner,
+                    "state": load.state,
+                    "reason": load.reason,
+                    "started_at": load.started_at,
+                }
+                for load in self._loads.values()
+            ],
+            "withheld": sorted(self._withheld),
+            "memory": {
+                "total_bytes": self._total,
+                "weights_bytes": self._weights(),
+                "kv_cache_bytes": self._kv_caches(),
+                "loading_bytes": self._promised(),
+                "free_bytes": self._free(),
+            },
+        }
+
+    def begin(self, load: Reply) -> Reply:
+        """Promise memory to a load: `id`, `name`, `source`, `owner`, `num_parameters`, `kv_shape`
+        (layers, KV heads, head size), `vocab_size`, `max_context`, `mapped`, and whether it may
+        `supersede` one of that name that runs."""
+        running = self._running(load["name"])
+        if running is not None and not load["supersede"]:
+            return {"refused": "loading"}
+        needed = self._needed(load)
+        free = self._free() + (running.promised_bytes if running is not None else 0)
+        if needed > free:
+            refused = {"refused": "memory", "needed": needed, "free": free, "total": self._total}
+            return refused | self.status()
+        if running is not None:
+            running.free()
+        self._forget_loads(load["name"])
+        self._loads[load["id"]] = _Load(
+            load["id"], load["name"], load["source"], load["owner"], time.time(), needed, load
+        )
+        return self.status()
+
+    def build(self, load_id: str, version: str, folder: str) -> Reply:
+        """Say where the load's network lies. `advance` reads it."""
+        load = self._loads.get(load_id)
+        if load is None or load.state != "loading":
+            return _gone(load)
+        load.version = version
+        resident = self._residents.get((load.name, version))
+        if resident is not None and resident.network.failure is None:
+            load.promised_bytes = 0
+            return {"state": "ready", "reason": None}
+        try:
+            load.pieces = self._build(load, _checked(load, Path(folder)))
+        except Exception as error:
+            self._fail(load, _reason(error))
+            return {"state": "failed", "reason": load.reason}
+        return {"state": "building", "reason": None}
+
+    def advance(self, load_id: str) -> Reply:
+        """Do one slice of building."""
+        deadline = time.perf_counter() + min(
+            max(SLICE_SHARE * self.step_seconds, SHORTEST_SLICE), LONGEST_SLICE
+        )
+        load = self._loads.get(load_id)
+        while load is not None and load.pieces is not None and not load.warming:
+            state = self._next_piece(load)
+            if state != "building":
+                return {"state": state, "reason": load.reason}
+            if time.perf_counter() >= deadline:
+                return {"state": "building", "reason": None}
+        if load is not None and load.network is not None:
+            return {"state": "built", "reason": None}
+        return _gone(load)
+
+    def warm_up(self, load_id: str) -> Reply:
+        """Do one piece of trying the network: tensor-parallel workers run it together."""
+        load = self._loads.get(load_id)
+        if load is None or load.network is None:
+            return _gone(load)
+        if not load.warming:
+            load.warming = True
+            load.pieces = self._bind(load, may_compile=False)
+        if load.pieces is None:
+            return {"state": "prepared", "reason": None}
+        state = self._next_piece(load)
+        state = {"building": "warming", "built": "prepared"}.get(state, state)
+        return {"state": state, "reason": load.reason}
+
+    def commit(self, load_id: str) -> Reply:
+        """Switch: the load's version is what its name means now, older ones are draining."""
+        load = self._loads.get(load_id)
+        if load is None or not load.is_prepared:
+            return self.status()
+        key = load.name, load.version
+        resident = self._residents.get(key)
+        if load.network is not None:
+            if resident is not None:
+                resident.network.free()  # it has failed
+            seconds = time.monotonic() - load.began
+            resident = _Resident(load.network, load.source, 0, time.time(), seconds)
+        if resident is None:
+            return self.status()
+        del self._loads[load_id]
+        self._order += 1
+        resident.order, resident.draining, resident.source = self._order, False, load.source
+        self._residents[key] = resident
+        for (name, _), other in self._residents.items():
+            if name == load.name and other is not resident:
+                other.draining = True
+        self._withheld.discard(load.name)
+        self.revision += 1
+        return self.status()
+
+    def abort(self, load_id: str, reason: str, forget: bool) -> Reply:
+        """End a load; keep it as the failed one of its name, unless it is to be forgotten."""
+        load = self._loads.get(load_id)
+        if load is not None:
+            self._fail(load, reason)
+            if forget:
+                del self._loads[load_id]
+            self._drop_unused_pools()
+        return self.status()
+
+    def retire(self, reference: str, withhold: bool) -> Reply:
+        """Let `name`, with all versions and loads, or `name@version` drain."""
+        name, pinned, version = reference.partition("@")
+        if not pinned:
+            for load in [load for load in self._loads.values() if load.name == name]:
+                load.free()
+                del self._loads[load.id]
+            self._drop_unused_pools()
+        for key, resident in self._residents.items():
+            if key[0] == name and (not pinned or key[1] == version):
+                resident.draining = True
+        if withhold:
+            self._withheld.add(name)
+        self.revision += 1
+        return self.status()
+
+    def unload(self, reference: str) -> Reply:
+        """Free a version that is draining."""
+        name, _, version = reference.partition("@")
+        resident = self._residents.get((name, version))
+        if resident is not None and resident.draining:
+            del self._residents[name, version]
+            resident.network.free()
+            self._drop_unused_pools()
+            self.revision += 1
+        return self.status()
+
+    def _load_at_start(self) -> None:
+        built = []
+        for name, folder in self._settings.networks.items():
+            source = self._settings.sources.get(name)
+            load = _Load(f"start {name}", name, source or name, "", time.time())
+            try:
+                checked = check_network(folder, name)
+                load.version = checked.version
+                finish(self._build(load, checked))
+                load.promised_bytes = load.network.weights_bytes  # pools come below, for all
+                self._loads[load.id] = load
+                built.append(load)
+            except Exception as error:
+                load.free()
+                if source is None:
+                    raise
+                logger.exception("value network %s cannot be loaded", name)
+                self._note_failure(name, source, _reason(error))
+        shapes = {(load.network.kv_shape, load.network.longest) for load in built}
+        share = self._free() // (2 * max(1, len({shape for shape, _ in shapes})))
+        # The longest contexts first: shorter ones find room in their pools.
+        for load in sorted(built, key=lambda load: -load.network.longest):
+            source = self._settings.sources.get(load.name)
+            try:
+                load.warming = True
+                finish(self._bind(load, may_compile=True, pool_bytes=share))
+                load.pieces = None
+                self.commit(load.id)
+                self._residents[load.name, load.version].source = source
+            except Exception as error:
+                if source is None:
+                    raise
+                logger.exception("value network %s cannot be loaded", load.name)
+                self._fail(load, _reason(error))
+        self._drop_unused_pools()
+
+    def _build(self, load: _Load, folder: NetworkFolder) -> Pieces:
+        network = yield from ValueNetwork.build(
+            folder,
+            self._config,
+            self._settings.tokenizer_fingerprint,
+            self._readers,
+            self._device,
+        )
+        load.network = network
+        needed = network.weights_bytes + self._pool_needed(network)
+        self._check_memory(needed, self._free() + load.promised_bytes)
+        load.promised_bytes = needed
+
+    def _bind(self, load: _Load, may_compile: bool, pool_bytes: int | None = None) -> Pieces:
+        network = load.network
+        assert network is not None
+        pool = self._pool(network.kv_shape, network.longest)
+        if pool is None:
+            free = self._free() + load.promised_bytes - network.weights_bytes
+            least = network.kv_shape.bytes_for(network.longest)
+            self._check_memory(least, free)
+            share = free // 2 if pool_bytes is None else pool_bytes
+            # Full contexts of all rows, and as much again of prefixes to be used again.
+            most = 2 * least * self._config.scheduler_config.max_num_seqs
+            pool = BlockPool(
+                f"pool-{self._num_pools}",
+                network.config,
+                network.kv_shape,
+                max(min(share, free, most), least),
+                self._device,
+                self._settings.prefix_caching,
+            )
+            self._num_pools += 1
+            self._pools.append(pool)
+        load.promised_bytes = network.weights_bytes
+        self._order += 1
+        yield from network.bind(pool, self._forwards, self._order, may_compile)
+        network.seconds, network.num_tokens = 0.0, 0
+
+    def _next_piece(self, load: _Load) -> str:
+        """Do one piece of a load. Returns its state: building, built or failed."""
+        assert load.pieces is not None
+        try:
+            next(load.pieces)
+        except StopIteration:
+            load.pieces = None
+            return "built"
+        except BaseException as error:  # whatever it is, it must not reach the engine
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            logger.exception("value network %s cannot be loaded", load.name)
+            self._fail(load, _reason(error))
+            self._drop_unused_pools()
+            return "failed"
+        return "building"
+
+    def _fail(self, load: _Load, reason: str) -> None:
+        load.free()
+        load.state, load.reason = "failed", reason
+
+    def _note_failure(self, name: str, source: str, reason: str) -> None:
+        load = _Load(f"start {name}", name, source, "", time.time(), state="failed", reason=reason)
+        self._loads[load.id] = load
+
+    def _running(self, name: str) -> _Load | None:
+        loads = (load for load in self._loads.values() if load.name == name)
+        return next((load for load in loads if load.state == "loading"), None)
+
+    def _forget_loads(self, name: str) -> None:
+        self._loads = {i: load for i, load in self._loads.items() if load.name != name}
+
+    def _needed(self, load: Reply) -> int:
+        """Estimate what a network will take that nobody has read yet."""
+        ranks = self._config.parallel_config.tensor_parallel_size
+        itemsize = self._config.model_config.dtype.itemsize
+        layers, heads, head_size = load["kv_shape"]
+        heads = max(1, heads // ranks)
+        limit = self._config.model_config.max_model_len
+        longest = min(
+            load["max_context"], limit * (TOKENS_PER_TARGET_TOKEN if load["mapped"] else 1)
+        )
+        weights = load["num_parameters"] * itemsize // ranks
+        for pool in self._pools:
+            layer = pool.shape.layer
+            of_pool = pool.shape.num_layers, layer.num_kv_heads, layer.head_size
+            if of_pool == (layers, heads, head_size) and pool.num_tokens >= longest:
+                return weights
+        num_blocks = -(-longest // BLOCK_SIZE) + 1
+        return weights + num_blocks * BLOCK_SIZE * layers * heads * head_size * 2 * itemsize
+
+    def _pool_needed(self, network: ValueNetwork) -> int:
+        """Memory of the pool that a network needs and that is not there."""
+        if self._pool(network.kv_shape, network.longest) is not None:
+            return 0
+        return network.kv_shape.bytes_for(network.longest)
+
+    def _pool(self, shape: KVShape, longest: int) -> BlockPool | None:
+        pools = (pool for pool in self._pools if pool.shape == shape)
+        return next((pool for pool in pools if pool.num_tokens >= longest), None)
+
+    def _drop_unused_pools(self) -> None:
+        self._pools = [pool for pool in self._pools if pool.num_networks]
+
+    def _check_memory(self, needed: int, free: int) -> None:
+        if needed > free:
+            raise OutOfMemory(
+                f"needs {needed:,} bytes, but {free:,} of the {self._total:,} bytes for value "
+                "networks are free; unload others, or give more with --value-memory-gb"
+            )
+
+    def _weights(self) -> int:
+        return sum(network.weights_bytes for network in self.networks())
+
+    def _kv_caches(self) -> int:
+        return sum(pool.num_bytes for pool in self._pools)
+
+    def _promised(self) -> int:
+        return sum(load.promised_bytes for load in self._loads.values())
+
+    def _free(self) -> int:
+        return max(0, self._total - self._weights() - self._kv_caches() - self._promised())
+
+    def _describe(self, resident: _Resident) -> Reply:
+        network = resident.network
+        folder, table, pool = network.folder, network.table, network.pool
+        state = "draining" if resident.draining else "failed" if network.failure else "ready"
+        return {
+            "name": folder.name,
+            "version": folder.version,
+            "kind": folder.manifest.kind,
+            "scale": folder.manifest.default_scale,
+            "state": state,
+            "reason": network.failure,
+            "source": resident.source,
+            "folder": str(folder.path),
+            "order": resident.order,
+            "max_context": network.max_context,
+            "vocab_size": folder.vocab_size,
+            "mapped": network.translator is not None,
+            "num_parameters": folder.num_parameters,
+            "weights_bytes": network.weights_bytes,
+            "loaded_at": resident.loaded_at,
+            "load_seconds": resident.load_seconds,
+            "last_used": resident.last_used,
+            "forward_seconds": network.seconds,
+            "forward_tokens": network.num_tokens,
+            "prefix_queries": table.prefix_queries,
+            "prefix_hits": table.prefix_hits,
+            "kv_tokens": int(table.computed.sum()),
+            "drops": table.drops,
+            "rows": len(table.requests),
+            "pool": {
+                "id": pool.id,
+                "kv_cache_bytes": pool.num_bytes,
+                "tokens": pool.num_tokens,
+                "used_tokens": pool.used_tokens,
+            },
+        }
+
+
+def _checked(load: _Load, folder: Path) -> NetworkFolder:
+    """Describe a folder that an API process has checked, which takes too long here."""
+    return NetworkFolder(
+        name=load.name,
+        path=folder,
+        manifest=Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes()),
+        version=load.version,
+        vocab_size=load.facts["vocab_size"],
+        max_context=load.facts["max_context"],
+        num_parameters=load.facts["num_parameters"],
+        num_bytes=0,
+        kv_shape=tuple(load.facts["kv_shape"]),
+        vocabulary_maps=(),
+    )
+
+
+def _gone(load: _Load | None) -> Reply:
+    if load is not None and load.state == "failed":
+        return {"state": "failed", "reason": load.reason}
+    return {"state": "gone", "reason": "it was superseded or unloaded meanwhile"}
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500]

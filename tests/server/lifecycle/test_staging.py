@@ -1,0 +1,417 @@
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from server.lifecycle import staging
+from server.lifecycle.staging import Folders, Stager, StagingError
+from server.settings import Settings
+from tests.models import (
+    OTHER_TEXT,
+    make_mapped_network,
+    make_network,
+    make_sentencepiece_tokenizer,
+    make_tokenizer,
+)
+from tests.server.conftest import SMALL
+from value_models.manifest import MANIFEST_FILE, tokenizer_fingerprint
+from value_models.store import DirectoryError, NetworkError, NoSuchNetwork, check_network
+
+ROOM = 1 << 30
+in_one_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with `qa` and `mapped`, which nobody has touched for long."""
+    store = tmp_path_factory.mktemp("pristine") / "store"
+    make_network(store / "qa", **SMALL, default_scale=0.5)
+    make_mapped_network(
+        store / "mapped", make_tokenizer(), **SMALL, tokenizer=make_sentencepiece_tokenizer()
+    )
+    for path in store.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    return store
+
+
+def settings_of(directory: Path) -> Settings:
+    (directory / "run" / "networks").mkdir(parents=True)
+    return Settings(
+        networks={},
+        key="secret key",
+        admin_key_digest="secret digest",
+        tokenizer_fingerprint=tokenizer_fingerprint(make_tokenizer()),
+        store=directory / "store",
+        run_dir=directory / "run",
+    )
+
+
+@pytest.fixture
+def settings(pristine: Path, tmp_path: Path) -> Settings:
+    shutil.copytree(pristine, tmp_path / "store")
+    return settings_of(tmp_path)
+
+
+@pytest.fixture
+def store(settings: Settings) -> Path:
+    assert settings.store is not None
+    return settings.store
+
+
+@pytest.fixture
+def snapshots(settings: Settings) -> Path:
+    assert settings.run_dir is not None
+    return settings.run_dir / "networks"
+
+
+@pytest.fixture
+def folders(settings: Settings) -> Folders:
+    return Folders(settings)
+
+
+def test_facts_are_those_of_the_folder(folders: Folders, store: Path) -> None:
+    network = check_network(store / "qa")
+    facts = folders.inspect("qa", "answers")
+    assert (facts["name"], facts["source"], facts["scale"]) == ("answers", "qa", 0.5)
+    assert facts["num_parameters"] == network.num_parameters
+    assert tuple(facts["kv_shape"]) == network.kv_shape
+    assert not facts["mapped"] and folders.inspect("mapped", "mapped")["mapped"]
+
+
+def test_a_snapshot_is_staged_and_discarded(folders: Folders, store: Path, snapshots: Path) -> None:
+    staged = folders.stage("mapped", "answers", ROOM)
+    folder = Path(staged["folder"])
+    assert folder.parent == snapshots
+    assert check_network(folder, "answers").version == staged["version"]
+    assert staged["version"] == check_network(store / "mapped").version
+    folders.discard(str(folder), weights_only=True)
+    assert not (folder / "model.safetensors").exists()
+    assert (folder / "tokenizer.json").exists() and list(folder.glob("vocabulary_maps/*"))
+    for _ in range(2):
+        folders.discard(str(folder), weights_only=False)
+        assert not list(snapshots.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["run", "run/networks", "run/networks/../x", "store/qa"])
+def test_only_snapshots_are_discarded(folders: Folders, tmp_path: Path, folder: str) -> None:
+    # Nothing outside of the test's own folder: a broken check would delete it.
+    (tmp_path / "run" / "x").mkdir()
+    with pytest.raises(DirectoryError, match="is no snapshot"):
+        folders.discard(f"{tmp_path}/{folder}", weights_only=False)
+    assert (tmp_path / folder).is_dir()
+
+
+def spoil_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def link_out(folder: Path) -> None:
+    outside = folder.parent.parent / "outside"
+    folder.rename(outside)
+    folder.symlink_to(outside)
+
+
+def link_weights(folder: Path) -> None:
+    outside = folder.parent.parent / "outside"
+    (folder / "model.safetensors").rename(outside)
+    (folder / "model.safetensors").symlink_to(outside)
+
+
+def make_other(folder: Path) -> None:
+    shutil.rmtree(folder)
+    make_network(folder, **SMALL, tokenizer=make_tokenizer(OTHER_TEXT, 400))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (spoil_weights, "truncated or corrupt"),
+        (lambda folder: (folder / "extra.bin").write_bytes(b"\x80"), "looks like pickled"),
+        (lambda folder: (folder / MANIFEST_FILE).write_text("{}"), "format_version"),
+        (link_out, "link out of the directory"),
+        (link_weights, "is a link"),
+        (make_other, "trimtab align"),
+        (lambda folder: make_tokenizer(OTHER_TEXT).save_pretrained(folder), "put back the tok"),
+    ],
+)
+@pytest.mark.parametrize("method", ["inspect", "stage"])
+def test_wrong_input_is_refused_and_changes_nothing(
+    folders: Folders, store: Path, snapshots: Path, spoil, named: str, method: str
+) -> None:
+    spoil(store / "qa")
+    arguments = {"source": "qa", "name": "qa"} | ({"max_bytes": ROOM} if method == "stage" else {})
+    with pytest.raises(NetworkError, match=named):
+        getattr(folders, method)(**arguments)
+    assert not list(snapshots.iterdir())
+
+
+def test_a_map_that_its_own_tokenizer_belies_is_refused(
+    folders: Folders, store: Path, snapshots: Path
+) -> None:
+    make_sentencepiece_tokenizer(size=400).save_pretrained(store / "mapped")
+    with pytest.raises(NetworkError):
+        folders.inspect("mapped", "mapped")
+    with pytest.raises(NetworkError):
+        folders.stage("mapped", "mapped", ROOM)
+    assert not list(snapshots.iterdir())
+
+
+def test_the_store_is_read_anew_each_time(folders: Folders, store: Path) -> None:
+    assert folders.list() == ["mapped", "qa"]
+    shutil.copytree(store / "qa", store / "new")
+    (store / ".publishing-1").mkdir()
+    assert folders.list() == ["mapped", "new", "qa"]
+    folders.remove("new")
+    assert folders.list() == ["mapped", "qa"]
+    with pytest.raises(NoSuchNetwork):
+        folders.remove("new")
+
+
+def test_what_an_earlier_child_left_is_removed(settings: Settings, snapshots: Path) -> None:
+    (snapshots / ".staging-4194999-0a").mkdir()  # no process has this number
+    Folders(settings)
+    assert not list(snapshots.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "method", "kind"),
+    [
+        (NetworkError("x"), "stage", "network"),
+        (NoSuchNetwork("x"), "stage", "missing"),
+        (DirectoryError("x"), "stage", "staging"),
+        (DirectoryError("x"), "list", "staging"),
+        (DirectoryError("x"), "remove", "network"),
+        (OSError("x"), "stage", "staging"),
+        (MemoryError(), "stage", "staging"),
+    ],
+)
+def test_whatever_goes_wrong_is_an_answer(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, error: Exception, method: str, kind: str
+) -> None:
+    def fail(_: Folders) -> None:
+        raise error
+
+    monkeypatch.setattr(Folders, method, fail)
+    answer = folders.answer({"id": 7, "method": method})
+    assert (answer["id"], answer["refused"]) == (7, kind)
+
+
+# With a child process, one for all that does it no harm.
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stager(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stager]:
+    directory = tmp_path_factory.mktemp("stager")
+    shutil.copytree(pristine, directory / "store")
+    stager = Stager(settings_of(directory))
+    stager.start()
+    yield stager
+    await stager.close()
+
+
+def pid_of(stager: Stager) -> int:
+    assert stager._child is not None
+    return stager._child._process.pid
+
+
+def staged_by(stager: Stager) -> list[Path]:
+    assert stager._settings.run_dir is not None
+    return list((stager._settings.run_dir / "networks").iterdir())
+
+
+async def until_replaced(stager: Stager, pid: int) -> None:
+    while stager._child is None or pid_of(stager) == pid:
+        await asyncio.sleep(0.01)
+
+
+@in_one_loop
+async def test_a_child_does_it(stager: Stager) -> None:
+    assert await stager.list() == ["mapped", "qa"]
+    facts = await stager.inspect("qa", "answers")
+    staged = await stager.stage("qa", "answers", ROOM)
+    assert facts.model_dump().items() <= staged.model_dump().items()
+    assert check_network(staged.folder, "answers").version == staged.version
+    await stager.discard(staged.folder, weights_only=False)
+    assert not staged_by(stager)
+
+
+@in_one_loop
+async def test_many_may_ask_at_once(stager: Stager) -> None:
+    answers = await asyncio.gather(
+        stager.list(),
+        stager.inspect("qa", "a"),
+        stager.inspect("mapped", "b"),
+        stager.inspect("none", "c"),
+        *(stager.stage("qa", f"d{i}", ROOM) for i in range(3)),
+        return_exceptions=True,
+    )
+    assert [answers[1].name, answers[2].name] == ["a", "b"]
+    assert isinstance(answers[3], NoSuchNetwork)
+    assert [staged.name for staged in answers[4:]] == ["d0", "d1", "d2"]
+    for staged in answers[4:]:
+        await stager.discard(staged.folder, weights_only=False)
+
+
+@in_one_loop
+@pytest.mark.parametrize("name", ["", "..", "../store/qa", "/qa", ".qa", "qa/../qa", "a\0b", "q\n"])
+async def test_what_is_no_name_goes_nowhere(
+    stager: Stager, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stager, "_ask", None)
+    for asking in (
+        stager.inspect(name, "qa"),
+        stager.inspect("qa", name),
+        stager.stage(name, "qa", ROOM),
+        stager.stage("qa", name, ROOM),
+        stager.remove(name),
+    ):
+        with pytest.raises(NetworkError, match="is no name"):
+            await asking
+
+
+@in_one_loop
+async def test_refusals_keep_their_kind(stager: Stager, tmp_path: Path) -> None:
+    with pytest.raises(NoSuchNetwork, match="no such folder"):
+        await stager.stage("none", "none", ROOM)
+    with pytest.raises(NetworkError, match="that there is room for"):
+        await stager.stage("qa", "qa", 1000)
+    with pytest.raises(NoSuchNetwork):
+        await stager.remove("none")
+    with pytest.raises(StagingError, match="is no snapshot"):
+        await stager.discard(tmp_path, weights_only=False)
+    store = stager._settings.store
+    assert store is not None
+    store.rename(store.with_name("moved"))
+    for asking in (stager.list(), stager.inspect("qa", "qa"), stager.stage("qa", "qa", ROOM)):
+        with pytest.raises(StagingError, match="no such directory"):
+            await asking
+    with pytest.raises(NetworkError, match="no such directory"):
+        await stager.remove("qa")
+    store.with_name("moved").rename(store)
+    assert await stager.list() == ["mapped", "qa"]
+
+
+@in_one_loop
+async def test_nobody_wants_what_a_cancelled_caller_had_staged(stager: Stager) -> None:
+    staging_it = asyncio.ensure_future(stager.stage("qa", "unwanted", ROOM))
+    await asyncio.sleep(0)
+    staging_it.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await staging_it
+    while stager._unowned:
+        await asyncio.sleep(0.01)
+    assert not staged_by(stager)
+
+
+@in_one_loop
+async def test_the_child_is_humble_and_has_no_keys(stager: Stager) -> None:
+    await stager.inspect("qa", "qa")
+    process = Path("/proc", str(pid_of(stager)))
+    environment = (process / "environ").read_bytes()
+    assert b"secret key" not in environment and b"secret digest" not in environment
+    priorities = [
+        os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in (process / "task").iterdir()
+    ]
+    assert min(priorities) >= 10 and max(priorities) == 19
+
+
+@in_one_loop
+async def test_a_child_that_dies_costs_one_request_and_is_replaced(stager: Stager) -> None:
+    await stager.inspect("qa", "qa")
+    pid = pid_of(stager)
+    asking = asyncio.ensure_future(stager.stage("qa", "qa", ROOM))
+    await asyncio.sleep(0)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(StagingError, match="signal 9"):
+        await asking
+    await until_replaced(stager, pid)
+    staged = await stager.stage("qa", "qa", ROOM)
+    assert staged_by(stager) == [staged.folder]
+    await stager.discard(staged.folder, weights_only=False)
+
+
+@in_one_loop
+async def test_a_child_that_hangs_is_replaced(
+    stager: Stager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stager.inspect("qa", "qa")
+    pid = pid_of(stager)
+    os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr(staging, "PATIENCE_SECONDS", 0.1)
+    with pytest.raises(StagingError, match="did not answer"):
+        await stager.list()
+    monkeypatch.undo()
+    await until_replaced(stager, pid)
+    assert await stager.list() == ["mapped", "qa"]
+
+
+async def test_a_child_that_cannot_start_is_told_and_not_started_over_and_over(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "MODULE", "server.no_such_module")
+    stager = Stager(settings)
+    stager.start()
+    for _ in range(2):
+        with pytest.raises(StagingError, match="exit code 1"):
+            await stager.list()
+        assert stager._child is None
+    await stager.close()
+
+
+async def test_closing_ends_the_child_and_what_waits_for_it(settings: Settings) -> None:
+    stager = Stager(settings)
+    stager.start()
+    pid = pid_of(stager)
+    asking = asyncio.ensure_future(stager.inspect("qa", "qa"))
+    await asyncio.sleep(0)
+    await stager.close()
+    with pytest.raises(StagingError):
+        await asking
+    with pytest.raises(StagingError, match="stopping"):
+        await stager.list()
+    assert stager._child is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+PARENT = """\
+import asyncio, sys
+from pathlib import Path
+from server.settings import Settings
+from server.lifecycle.staging import Stager
+
+async def main():
+    store, run = map(Path, sys.argv[1:])
+    stager = Stager(
+        Settings(networks={}, key="", tokenizer_fingerprint="", store=store, run_dir=run)
+    )
+    stager.start()
+    await stager.list()
+    print(stager._child._process.pid, flush=True)
+    await asyncio.sleep(1000)
+
+asyncio.run(main())
+"""
+
+
+def test_a_child_ends_with_its_parent(settings: Settings) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(settings.store), str(settings.run_dir)],
+        stdout=subprocess.PIPE,
+    )
+    assert parent.stdout is not None
+    child = Path("/proc", parent.stdout.readline().decode().strip(), "cmdline")
+    assert b"server.lifecycle.staging" in child.read_bytes()
+    parent.kill()
+    parent.communicate()
+    while child.exists() and child.read_bytes():  # empty: dead, but not waited for
+        time.sleep(0.05)

@@ -1,0 +1,292 @@
+"""Networks come and go in a real worker while others decode."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from vllm import RequestOutput
+
+from tests.models import make_model, make_network
+from tests.server.worker.engine import Ask, GuidedEngine, guided_engine
+from value_models.store import check_network
+
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("residency")
+    make_model(root / "target", max_position_embeddings=CONTEXT)
+    for seed, name in enumerate(("first", "second", "third"), start=1):
+        make_network(root / name, seed=seed, max_position_embeddings=CONTEXT)
+    other = {"hidden_size": 96, "heads": 3, "kv_heads": 3, "max_position_embeddings": CONTEXT}
+    make_network(root / "mistral", architecture="mistral", seed=4, **other)
+    large = {"vocab_size": 8192, "tie_word_embeddings": True, "max_position_embeddings": CONTEXT}
+    make_network(root / "tied", layers=1, seed=6, **large)  # most of it is its vocabulary
+    make_network(root / "gemma", architecture="gemma", seed=5, max_position_embeddings=CONTEXT)
+    return root
+
+
+@pytest.fixture(scope="module")
+def engine(root: Path) -> Iterator[GuidedEngine]:
+    networks = {"stays": root / "first", "other": root / "third"}
+    with guided_engine(
+        root / "target", networks, value_memory_gb=0.05, max_num_seqs=8, prefix_caching=True
+    ) as engine:
+        yield engine
+
+
+def load(engine: GuidedEngine, name: str, folder: Path) -> None:
+    for _ in engine.load(name, folder):
+        pass
+
+
+def unload(engine: GuidedEngine, reference: str) -> dict[str, Any]:
+    engine.call("retire", reference, False)
+    name = reference.partition("@")[0]
+    for network in engine.call("networks")["networks"]:
+        if network["name"] == name and network["state"] == "draining":
+            engine.call("unload", f"{name}@{network['version']}")
+    return engine.call("networks")
+
+
+def asks(seed: int, networks: list[str | None], max_tokens: int = 60) -> list[Ask]:
+    rng = random.Random(seed)
+    return [
+        Ask([rng.randrange(10, 500) for _ in range(rng.randrange(3, 70))], max_tokens, network)
+        for network in networks
+    ]
+
+
+def run_while(engine: GuidedEngine, asked: list[Ask], work: Iterator[None]) -> list[RequestOutput]:
+    """Decode; before each step, do one piece of `work`, which must end first."""
+    llm = engine.llm.llm_engine
+    for number, ask in enumerate(asked):
+        llm.add_request(f"ask-{number}", {"prompt_token_ids": ask.prompt}, engine.params(ask))
+    finished: dict[str, RequestOutput] = {}
+    pieces = steps_with_work = 0
+    while llm.has_unfinished_requests():
+        if next(work, "ended") != "ended":
+            pieces += 1
+            steps_with_work += bool(len(finished) < len(asked))
+        for output in llm.step():
+            if output.finished:
+                finished[output.request_id] = output
+    assert next(work, "ended") == "ended", "the requests ended before the load"
+    assert steps_with_work > 5
+    return [finished[key] for key in sorted(finished, key=lambda key: int(key.split("-")[1]))]
+
+
+@pytest.mark.parametrize("folder", ["second", "mistral", "gemma", "tied"])
+def test_a_load_while_others_decode_changes_none_of_their_tokens(
+    engine: GuidedEngine, root: Path, folder: str
+) -> None:
+    asked = asks(1, ["stays", None, "other", "stays", None])
+    work = engine.load("new", root / folder)
+    engine.assert_exact(asked, run_while(engine, asked, work))
+    after = asks(2, ["new", "stays", None, "new"])
+    engine.assert_exact(after, engine.run(after))
+    unload(engine, "new")
+
+
+def test_a_replaced_version_steers_its_requests_to_their_end(
+    engine: GuidedEngine, root: Path
+) -> None:
+    load(engine, "qa", root / "second")
+    old = asks(3, ["qa"] * 3, max_tokens=100)
+    reference = engine.networks["qa"]
+    outputs = run_while(engine, old, engine.load("qa", root / "mistral"))
+    versions = {n["version"]: n["state"] for n in networks_named(engine, "qa")}
+    assert versions == {
+        check_network(root / "second").version: "draining",
+        check_network(root / "mistral").version: "ready",
+    }
+    new, engine.networks["qa"] = engine.networks["qa"], reference
+    engine.assert_exact(old, outputs)
+    engine.networks["qa"] = new
+    after = asks(3, ["qa"] * 3)
+    engine.assert_exact(after, engine.run(after))
+    unload(engine, "qa")
+
+
+def networks_named(engine: GuidedEngine, name: str) -> list[dict[str, Any]]:
+    return [n for n in engine.call("networks")["networks"] if n["name"] == name]
+
+
+def test_blocks_never_cross_loads_of_one_name(engine: GuidedEngine, root: Path) -> None:
+    prompt = list(range(20, 180))
+    for folder in ("second", "third", "second"):
+        load(engine, "qa", root / folder)
+        again = [Ask(prompt, 20, "qa"), Ask(prompt, 20, "qa")]
+        for ask in again:
+            engine.assert_exact([ask], engine.run([ask]))
+        assert networks_named(engine, "qa")[-1]["prefix_hits"] > 0
+        unload(engine, "qa")
+
+
+def test_memory_comes_back(engine: GuidedEngine, root: Path) -> None:
+    before = engine.call("networks")["memory"]
+    for folder in ("second", "mistral", "gemma", "second"):
+        load(engine, "qa", root / folder)
+        during = engine.call("networks")["memory"]
+        assert during["weights_bytes"] > before["weights_bytes"]
+        engine.run(asks(5, ["qa", "stays"], max_tokens=5))
+        after = unload(engine, "qa")
+        assert after["memory"] == before
+        assert not networks_named(engine, "qa")
+
+
+def test_what_does_not_fit_is_refused_before_it_is_read(engine: GuidedEngine, root: Path) -> None:
+    before = engine.call("networks")
+    refused = engine.begin("big", root / "second", num_parameters=10**9)
+    assert refused["refused"] == "memory"
+    assert refused["needed"] >= 4 * 10**9 > refused["total"] > refused["free"] > 0
+    assert engine.call("networks") == before
+
+
+def test_a_load_reserves_its_memory_at_once(engine: GuidedEngine, root: Path) -> None:
+    free = engine.call("networks")["memory"]["free_bytes"]
+    parameters = int(0.7 * free / 4)
+    assert "refused" not in engine.begin("a", root / "second", num_parameters=parameters)
+    assert engine.begin("b", root / "second", num_parameters=parameters)["refused"] == "memory"
+    # One that supersedes it has its memory too.
+    assert "refused" not in engine.begin("a", root / "second", num_parameters=parameters, id="a2")
+    engine.call("abort", "a2", "", True)
+    assert engine.call("networks")["memory"]["free_bytes"] == free
+
+
+def test_a_second_load_of_a_name_waits_or_supersedes(engine: GuidedEngine, root: Path) -> None:
+    engine.begin("qa", root / "second", id="one")
+    assert engine.begin("qa", root / "third", id="two", supersede=False)["refused"] == "loading"
+    version = check_network(root / "second").version
+    engine.call("build", "one", version, str(root / "second"))
+    engine.call("advance", "one")
+    engine.begin("qa", root / "third", id="two")
+    assert engine.call("advance", "one")["state"] == "gone"
+    assert [load["id"] for load in engine.call("networks")["loads"]] == ["two"]
+    engine.call("retire", "qa", False)
+    assert engine.call("networks")["loads"] == []
+    assert engine.call("build", "two", version, str(root / "third"))["state"] == "gone"
+    assert "qa" not in engine.status()
+
+
+def test_a_version_that_is_resident_is_not_loaded_again(engine: GuidedEngine, root: Path) -> None:
+    load(engine, "qa", root / "second")
+    before = networks_named(engine, "qa")[0]
+    engine.call("retire", "qa", True)
+    assert networks_named(engine, "qa")[0]["state"] == "draining"
+    assert "qa" in engine.call("networks")["withheld"]
+    engine.begin("qa", root / "second")
+    assert engine.call("build", "qa", before["version"], "nowhere")["state"] == "ready"
+    engine.call("commit", "qa")
+    (after,) = networks_named(engine, "qa")
+    assert after["state"] == "ready" and after["loaded_at"] == before["loaded_at"]
+    assert "qa" not in engine.call("networks")["withheld"]
+    unload(engine, "qa")
+
+
+def spoil(folder: Path, source: Path, kind: str) -> Path:
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    if kind == "missing":
+        del weights["model.layers.0.mlp.up_proj.weight"]
+    elif kind == "foreign":
+        weights["model.layers.0.mlp.other.weight"] = weights["model.norm.weight"].clone()
+    elif kind == "shape":
+        weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+    elif kind == "huge":
+        config = (folder / "config.json").read_text()
+        size = '"intermediate_size": '
+        head, _, tail = config.partition(size)
+        rest = tail[tail.index(",") :]
+        (folder / "config.json").write_text(f"{head}{size}{10**9}{rest}")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["missing", "foreign", "shape", "huge"])
+def test_a_load_that_fails_leaves_the_old_version_and_all_memory(
+    engine: GuidedEngine, root: Path, tmp_path: Path, kind: str
+) -> None:
+    before = engine.call("networks")["memory"]
+    bad = spoil(tmp_path / "bad", root / "second", kind)
+    engine.begin("stays", bad)
+    state = engine.call("build", "stays", "0bad0bad", str(bad))["state"]
+    while state == "building":
+        reply = engine.call("advance", "stays")
+        state = reply["state"]
+    assert state == "failed" and reply["reason"]
+    (failed,) = engine.call("networks")["loads"]
+    assert (failed["name"], failed["state"]) == ("stays", "failed")
+    assert engine.call("networks")["memory"] == before
+    assert engine.status()["stays"]["state"] == "ready"
+    again = asks(6, ["stays", None], max_tokens=10)
+    engine.assert_exact(again, engine.run(again))
+    engine.call("abort", "stays", "", True)
+
+
+def test_a_network_that_failed_can_be_loaded_again(engine: GuidedEngine, root: Path) -> None:
+    load(engine, "qa", root / "second")
+    engine.llm.collective_rpc(fail, args=("qa",))
+    assert engine.status()["qa"]["state"] == "failed"
+    load(engine, "qa", root / "second")
+    (network,) = networks_named(engine, "qa")
+    assert network["state"] == "ready"
+    again = asks(7, ["qa"], max_tokens=10)
+    engine.assert_exact(again, engine.run(again))
+    unload(engine, "qa")
+
+
+def fail(worker: Any, name: str) -> None:
+    guidance = worker._value_guidance().guidance
+    network = next(n for n in guidance._residency.networks() if n.folder.name == name)
+    guidance.fail("a test said so", network)
+
+
+def test_a_row_whose_version_is_gone_ends_and_nothing_else(
+    engine: GuidedEngine, root: Path
+) -> None:
+    """A client's process has died with its lease: its row may still be in the batch."""
+    load(engine, "qa", root / "second")
+
+    def go() -> Iterator[None]:
+        yield from [None] * 8
+        unload(engine, "qa")
+        yield
+
+    asked = asks(8, ["qa", "stays", None], max_tokens=50)
+    gone, *others = run_while(engine, asked, go())
+    assert gone.outputs[0].stop_reason == engine.failure_token_id
+    engine.assert_exact(asked[1:], others)
+
+
+def test_a_load_is_not_ready_before_it_was_tried(engine: GuidedEngine, root: Path) -> None:
+    """vLLM #8559: the first request after a load was slow, since nothing was warmed up."""
+    version = check_network(root / "mistral").version
+    engine.begin("qa", root / "mistral")
+    engine.call("commit", "qa")
+    engine.call("build", "qa", version, str(root / "mistral"))
+    while engine.call("advance", "qa")["state"] != "built":
+        engine.call("commit", "qa")
+        assert not networks_named(engine, "qa")
+    engine.call("commit", "qa")
+    assert engine.llm.collective_rpc(tokens_run, args=("qa",)) == [0]
+    while engine.call("warm_up", "qa")["state"] != "prepared":
+        engine.call("commit", "qa")
+        assert engine.llm.collective_rpc(tokens_run, args=("qa",)) > [0]
+        assert not networks_named(engine, "qa")
+    engine.call("commit", "qa")
+    (network,) = networks_named(engine, "qa")
+    assert network["state"] == "ready"
+    assert (network["forward_tokens"], network["last_used"]) == (0, None)
+    unload(engine, "qa")
+
+
+def tokens_run(worker: Any, name: str) -> int:
+    """Tokens that a network has run before it is ready."""
+    return worker._value_guidance().residency._loads[name].network.num_tokens
