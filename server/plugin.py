@@ -20,7 +20,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import GenerationError
+from vllm.exceptions import GenerationError, VLLMClientError
 
 from server.api.admin import AdminGate, attach_admin
 from server.api.errors import ApiError, respond
@@ -59,7 +59,7 @@ class ValueGuidanceEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_exception_handler(ApiError, respond)
-        app.add_middleware(Unbreakable, client_errors=(ValueError,))
+        app.add_middleware(Unbreakable, client_errors=(VLLMClientError, ValueError))
         app.add_middleware(
             RequestGate,
             guided_paths=GUIDED_PATHS,

@@ -67,11 +67,12 @@ def make_checkpoints(folder: Path, dtype: str) -> Checkpoints:
         **small,
     )
     return Checkpoints(
-        target, networks, _parameters(target), _parameters(networks["guiding"]), VOCAB_SIZE
+        target, networks, num_parameters(target), num_parameters(networks["guiding"]), VOCAB_SIZE
     )
 
 
-def _parameters(checkpoint: Path) -> int:
+def num_parameters(checkpoint: Path) -> int:
+    """Count the parameters in a checkpoint's file."""
     with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
         names = tensors.keys()
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)

@@ -29,7 +29,9 @@ from server.api.routes import Service
 from server.settings import Settings
 from value_models.manifest import NAME_PATTERN
 
-ADMIN_PREFIX = "/admin"
+GUARDED = ("admin", "scale_elastic_ep")
+"""First parts of the paths that only operators may use: all of management, and the one call of
+vLLM's that changes the server and asks for no key."""
 MAX_BODY_BYTES = 64 << 10
 VERSION_PATTERN = "[0-9a-f]{8}"
 REFERENCE_PATTERN = f"{NAME_PATTERN}(@{VERSION_PATTERN})?"
@@ -99,7 +101,7 @@ def _is_admin(scope: Scope) -> bool:
     # Both, for the router knows no "..": `/admin/..` is management's to it.
     for spelling in (path, posixpath.normpath(path)):
         first = spelling.lstrip("/ \t").partition("/")[0]
-        if first.partition(";")[0].strip() == ADMIN_PREFIX[1:]:
+        if first.partition(";")[0].strip() in GUARDED:
             return True
     return False
 

@@ -17,7 +17,7 @@ from server.api.selection import failure_message
 from server.api.vocabularies import Vocabularies
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, unseal
 from server.lifecycle.catalog import Catalog, Network, UnknownNetwork, WorkerError
-from server.lifecycle.leases import Leases
+from server.lifecycle.leases import Lease, Leases
 
 
 @dataclass
@@ -34,6 +34,8 @@ class GuidedRequest:
     """What the endpoint calls that limit."""
     error: Exception | None = None
     """Why generation ended, for a stream that lost it."""
+    lease: Lease | None = None
+    """Holds those networks."""
     admitted: list[Any] = field(default_factory=list)
     """Prompts that its networks of another vocabulary can read."""
 
@@ -185,7 +187,10 @@ class GenerationDoor:
     ) -> AsyncGenerator[Any, None]:
         # vLLM gives up a request whose client has left in a task of its own, which may outlive the
         # call that holds the route's lease.
-        lease = self._leases.take(map(str, choice.networks))
+        if request.lease is not None and not request.lease.released:
+            lease = request.lease.share()
+        else:
+            lease = self._leases.take(map(str, choice.networks))
         num_tokens = 0
         try:
             async with aclosing(outputs):

@@ -160,6 +160,7 @@ def _guide(
             model=model if named_by_model else None,
             max_tokens=getattr(request, limit_name) if limit_name else None,
             limit_name=limit_name or "max_tokens",
+            lease=next(iter(raw_request.scope[LEASES]), None),
         )
         CURRENT.set(guided)
         return _name_networks(await original(request, raw_request), selection, guided)
@@ -183,8 +184,7 @@ async def _select(
     # Nothing is awaited from here on, so that what is resolved is also held.
     selection = select(here.catalog, model, value_guidance)
     if selection.active:
-        held = here.leases.take(map(str, selection.active))
-        raw_request.scope[LEASES].append(held)
+        raw_request.scope[LEASES].append(here.leases.take(map(str, selection.active)))
         for network in selection.active:
             count_request(network.name, network.version)
     return selection

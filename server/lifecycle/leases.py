@@ -18,6 +18,7 @@ import mmap
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from copy import copy
 from hashlib import blake2b
 from pathlib import Path
 from secrets import token_hex
@@ -33,17 +34,51 @@ PROCESS_BYTES = 8 * (1 + 2 * NUM_SLOTS)
 
 
 class Lease:
-    """One request's hold on versions."""
+    """One request's hold on versions; counted once, however many parts of the request share it."""
+
+    def __init__(self, leases: "Leases", references: tuple[str, ...]) -> None:
+        self._hold: _Hold | None = _Hold(leases, references)
+        self._hold.enter()
+
+    def share(self) -> "Lease":
+        """Return a lease of its own for another part of the request; this one is not released."""
+        assert self._hold is not None
+        shared = copy(self)
+        self._hold.enter()
+        return shared
+
+    @property
+    def released(self) -> bool:
+        return self._hold is None
+
+    def release(self) -> None:
+        """Give it up; again, it does nothing."""
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.leave()
+
+
+class _Hold:
+    """What the leases of one request have in common."""
 
     def __init__(self, leases: "Leases", references: tuple[str, ...]) -> None:
         self._leases = leases
         self._references = references
+        self._sharers = 0
 
-    def release(self) -> None:
-        """Give it up; again, it does nothing."""
-        references, self._references = self._references, ()
-        for reference in references:
-            self._leases._count(reference, -1)
+    def enter(self) -> None:
+        self._sharers += 1
+        if self._sharers == 1:
+            self._count(+1)
+
+    def leave(self) -> None:
+        self._sharers -= 1
+        if not self._sharers:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        for reference in self._references:
+            self._leases._count(reference, change)
 
 
 class Leases:
@@ -91,10 +126,7 @@ class Leases:
 
         It must be taken in the turn of the event loop in which the catalog named the versions.
         """
-        held = tuple(references)
-        for reference in held:
-            self._count(reference, +1)
-        return Lease(self, held)
+        return Lease(self, tuple(references))
 
     def count(self, reference: str) -> int:
         """Return how many leases living processes hold on a version."""

@@ -271,9 +271,9 @@ class Lifecycle:
 
     async def _look(self) -> None:
         """Learn what there is between two changes: what is shown as ready is also remembered."""
+        await self._stored.refresh()
         async with reporting_workers(), self._leases.locked(CHANGES):
             await self._catalog.refresh()
-        await self._stored.refresh()
 
     def _info(self, reference: str) -> NetworkInfo | None:
         return overview.describe(reference, self._catalog, self._leases, self._stored.names)

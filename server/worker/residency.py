@@ -298,6 +298,8 @@ class Residency:
             resident.network.free()
             self._drop_unused_pools()
             self.revision += 1
+            del resident
+            gc.collect()  # a model refers to itself in many ways; since `settle` this takes little
         return self.status()
 
     def _load_at_start(self) -> None:

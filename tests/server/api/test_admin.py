@@ -322,6 +322,7 @@ PATHS = (
     "/admin",
     "/admin/",
     "/admin/nothing",
+    "/scale_elastic_ep",
     "/%61dmin/value_networks",
     "/Admin/value_networks",
     "//admin/value_networks",

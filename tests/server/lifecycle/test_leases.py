@@ -66,6 +66,18 @@ def test_leases_of_all_processes_count(here: Leases, there: Leases) -> None:
     assert here.count("unheard of@00000000") == 0
 
 
+def test_the_parts_of_a_request_count_once(here: Leases, there: Leases) -> None:
+    route = here.take([QA])
+    parts = [route.share(), route.share()]
+    assert there.count(QA) == 1
+    route.release()
+    parts[0].release()
+    parts[0].release()
+    assert route.released and there.count(QA) == 1
+    parts[1].release()
+    assert there.count(QA) == 0
+
+
 def test_room_is_used_again(here: Leases) -> None:
     kept = here.take([QA])
     for number in range(3000):
