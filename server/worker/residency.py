@@ -30,8 +30,8 @@ logger = init_logger(__name__)
 Reply = dict[str, Any]
 
 SHORTEST_SLICE = 0.002
-LONGEST_SLICE = 0.02
-SLICE_SHARE = 0.4
+LONGEST_SLICE = 0.012
+SLICE_SHARE = 0.25
 """A slice of a load takes at most this share of a decoding step, within these bounds in seconds."""
 
 
