@@ -7,6 +7,7 @@ and said to be.
 
 import hashlib
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,9 +52,9 @@ class Chosen(NamedTuple):
 
     networks: dict[str, NetworkFolder]
     sources: dict[str, str]
-    """name -> folder in the store, of those that came from there."""
+    """name -> folder in the store, of those that come from there, loaded or not."""
     unloadable: dict[str, str]
-    """name -> why, of those in the store that are not sound."""
+    """name -> why, of those in the store that are not sound, or do not fit."""
 
 
 class Memory:
@@ -153,10 +154,15 @@ def copy_networks(
 
     def copy(folder: Path, name: str) -> None:
         facts = check_network(folder, name, with_version=False)
+        check_servable(facts, target)
         mapped = facts.manifest.tokenizer_fingerprint != target
         memory.check(facts, mapped)
         network = snapshot(folder, name, into, facts.num_bytes + OTHER_FILES_BYTES)
-        check_servable(network, target)
+        try:
+            check_servable(network, target)  # the folder may have changed meanwhile
+        except BaseException:
+            shutil.rmtree(network.path, ignore_errors=True)
+            raise
         memory.add(network, mapped)
         chosen.networks[name] = network
 
@@ -164,16 +170,14 @@ def copy_networks(
         copy(folder, name)
     for name, source in plan.remembered.items():
         assert plan.store is not None
+        chosen.sources[name] = source
         try:
             if name in taken:
                 raise NetworkError(
                     f"value network {name!r}: the name is {taken[name]} too; rename its folder"
                 )
             copy(plan.store.folder(source), name)
-            chosen.sources[name] = source
-        except NoRoom as error:
-            notes.append(f"Not loaded: {error}")
-        except NetworkError as error:
+        except (NoRoom, NetworkError) as error:
             chosen.unloadable[name] = " ".join(str(error).split())
             notes.append(f"Not loaded: {chosen.unloadable[name]}")
     return chosen

@@ -90,7 +90,7 @@ class ValueGuidanceEndpoints:
         stager = Stager(self._settings)
         stager.start()
         names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
-        lifecycle = Lifecycle(self._settings, catalog, leases, stager, names)
+        lifecycle = Lifecycle(self._settings, catalog, leases, stager, _reserved_names(state))
         await lifecycle.start()
         door = GenerationDoor(
             engine_client.generate,
@@ -146,6 +146,12 @@ class ValueGuidanceEndpoints:
     def _connected(self) -> Service:
         assert self._service is not None  # vLLM serves only after init_state
         return self._service
+
+
+def _reserved_names(state: State) -> tuple[str, ...]:
+    """The names of the target and of the LoRA adapters that are served with it."""
+    models = state.openai_serving_models
+    return (*(path.name for path in models.base_model_paths), *models.lora_requests)
 
 
 def _admit_prompts(engine_client: EngineClient, door: GenerationDoor) -> None:

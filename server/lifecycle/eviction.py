@@ -54,7 +54,9 @@ class Eviction:
             return False
         missing = max(reply["needed"] - reply["free"] for reply in shortage)
         async with reporting_workers(), self._changes.turn():
-            idle = [network for network in self._unloadable(name) if self._is_idle(network)]
+            # On demand a network is loaded from the folder of its name, and from no other.
+            candidates = [n for n in self._unloadable(name) if n.source == n.name]
+            idle = [network for network in candidates if self._is_idle(network)]
             if missing > gain(idle, self._catalog):
                 return False
             evicted: list[Network] = []
@@ -73,8 +75,10 @@ class Eviction:
             await asyncio.sleep(WATCH_SECONDS)
         return True
 
-    def does_not_fit(self, name: str, shortage: list[dict[str, Any]]) -> ApiError:
-        """Say what is missing for `name`, and what an operator could unload."""
+    def does_not_fit(
+        self, name: str, shortage: list[dict[str, Any]], for_operator: bool
+    ) -> ApiError:
+        """Say what is missing for `name`, and to an operator also what could be unloaded."""
         worst = max(shortage, key=lambda reply: int(reply["needed"]) - int(reply["free"]))
         message = (
             f"value network {name!r} needs {worst['needed']:,} bytes, but {worst['free']:,} of the "
@@ -85,12 +89,12 @@ class Eviction:
             f"{'idle' if self._is_idle(network) else 'in use'})"
             for network in self._unloadable(name)
         ]
-        if others:
+        if others and for_operator:
             message += f"; these could be unloaded: {', '.join(others)}"
         return ApiError(HTTPStatus.INSUFFICIENT_STORAGE, message)
 
     def _unloadable(self, name: str) -> list[Network]:
-        """Networks other than `name` that could be loaded again; idle, long unused ones first."""
+        """Networks of the store other than `name`; idle, long unused ones first."""
         networks = [
             network
             for network in self._catalog

@@ -30,7 +30,7 @@ from server.lifecycle.eviction import Eviction
 from server.lifecycle.leases import CHANGES, Leases
 from server.lifecycle.loader import Loader
 from server.lifecycle.network_log import log_network, log_state
-from server.lifecycle.on_demand import OnDemand
+from server.lifecycle.on_demand import OnDemand, source_of
 from server.lifecycle.refusals import Refusals
 from server.lifecycle.snapshots import Snapshots
 from server.lifecycle.staging import Stager, StagingError
@@ -55,7 +55,7 @@ class Lifecycle:
         stager: Stager,
         reserved_names: Collection[str],
     ) -> None:
-        """`reserved_names` are the target's: no network takes one."""
+        """`reserved_names` are the target's and its LoRA adapters': no network takes one."""
         has_store = settings.store is not None
         self._settings = settings
         self._catalog = catalog
@@ -179,7 +179,7 @@ class Lifecycle:
 
         Raises:
             ApiError: 400 what is in the folder is no network for this target, 404 there is no such
-                folder, 409 there is no store or the name is the target's, 503 store or workers
+                folder, 409 there is no store or the name is reserved, 503 store or workers
                 cannot be reached, 507 it does not fit.
         """
         return await self._tasks.to_the_end(self._load(name, source or name, request_id))
@@ -196,8 +196,11 @@ class Lifecycle:
 
     def offers(self, reference: str) -> bool:
         """Whether a request may name this network, as far as is known without asking anyone."""
+        name = reference.partition("@")[0]
+        if not self._reserved_names.isdisjoint((reference, name)):
+            return False
         return reference in self._catalog or (
-            self._settings.load_on_demand and reference.partition("@")[0] in self._stored.names
+            self._settings.load_on_demand and source_of(name, self._catalog) in self._stored.names
         )
 
     async def ensure(
@@ -205,7 +208,8 @@ class Lifecycle:
     ) -> None:
         """Have the network that a request names ready, if it can be; needed before it is resolved.
 
-        A network that is in the store only is loaded for it, once for all requests that wait.
+        A network that is in the store only is loaded for it, once for all requests that wait. A
+        load that runs already is waited for, whoever began it.
         Returns without a word where there is no such network.
 
         Raises:
@@ -288,7 +292,9 @@ class Lifecycle:
                 )
         if name in self._reserved_names:
             raise ApiError(
-                HTTPStatus.CONFLICT, f"{name!r} is the target's own name; choose another", "name"
+                HTTPStatus.CONFLICT,
+                f"{name!r} is the target's own name or a LoRA adapter's; choose another",
+                "name",
             )
 
     def _not_found(self, reference: str) -> ApiError:

@@ -78,6 +78,11 @@ class Loader:
     ) -> Job:
         """Check what can be checked without reading weights, and reserve memory.
 
+        Args:
+            version: the one that is wanted; None: whichever the folder holds. The folder may not
+                hold it, so no other network is unloaded for it.
+            supersede: as an operator may, give up a load of that name that runs already.
+
         Raises:
             ApiError: it is not loaded, and nothing has changed.
             AlreadyLoading: another load of that name runs, and may not be superseded.
@@ -88,7 +93,7 @@ class Loader:
             self._catalog, name, source, self._leases.owner, facts.model_dump(mode="json")
         )
         job = Job(rollout, source, facts, version, request_id, began)
-        deadline = began + EVICTION_SECONDS
+        deadline: float | None = None
         while True:
             try:
                 async with reporting_workers(), self._changes.turn():
@@ -99,10 +104,14 @@ class Loader:
                 shortage = [reply for reply in refused.replies if reply["refused"] == "memory"]
                 if not shortage:
                     raise AlreadyLoading from None
-                if time.monotonic() > deadline or not await self._eviction.make_room(
-                    name, shortage
+                if deadline is None:
+                    deadline = time.monotonic() + EVICTION_SECONDS
+                if (
+                    version is not None
+                    or time.monotonic() > deadline
+                    or not await self._eviction.make_room(name, shortage)
                 ):
-                    raise self._eviction.does_not_fit(name, shortage) from None
+                    raise self._eviction.does_not_fit(name, shortage, supersede) from None
                 continue
             log_state(name, "loading", source=source, request_id=request_id)
             return job

@@ -59,10 +59,16 @@ class Rollout:
         """Have the workers read `folder`. Returns whether they hold that version already, and only
         have to switch; needs the lock, under which that stays so.
 
+        A version that has failed in some workers only is built in all of them: warming up is work
+        that they do together.
+
         Raises:
             LoadFailed, Superseded, WorkerError: it goes no further, on any worker.
         """
-        return await self._step("trimtab_build", version, folder) == "ready"
+        states = await self._states("trimtab_build", version, folder, False)
+        if len(set(states)) > 1:
+            states = await self._states("trimtab_build", version, folder, True)
+        return set(states) == {"ready"}
 
     async def prepare(self) -> None:
         """Build and try the network, a short slice between two steps at a time. Raises as `build`.
@@ -120,13 +126,18 @@ class Rollout:
                 facts = {**self.facts, "num_parameters": 0, "kv_shape": [0, 0, 0], "max_context": 1}
                 again = Rollout(self.catalog, self.name, network.source, self.owner, facts)
                 await again.begin(supersede=True)
-                await again.build(network.version, network.folder)
+                await again._states("trimtab_build", network.version, network.folder, False)
                 await self.catalog.change("trimtab_commit", again.id)
         except (WorkerError, LoadFailed, Superseded) as error:
             log.error("value network %s: a switch could not be undone: %s", self.name, error)
 
-    async def _step(self, method: str, *args: Any) -> str:
+    async def _step(self, method: str) -> str:
         """Call all workers. Returns the state that the last of them is in."""
+        states = await self._states(method)
+        return next((state for state in UNFINISHED if state in states), states[0])
+
+    async def _states(self, method: str, *args: Any) -> list[str]:
+        """Call all workers. Returns the state that each is in. Raises as `build`."""
         replies = await self.catalog.ask(method, self.id, *args)
         states = [str(reply["state"]) for reply in replies]
         if "failed" in states:
@@ -134,7 +145,7 @@ class Rollout:
             raise LoadFailed(reply["reason"] or "a worker could not load it")
         if "gone" in states:
             raise Superseded
-        return next((state for state in UNFINISHED if state in states), states[0])
+        return states
 
 
 UNFINISHED = ("building", "warming")

@@ -48,14 +48,14 @@ class StateRecord:
             for network in reversed(list(self._catalog))
             if network.state != "draining" and network.source is not None
         }
-        # What could not be loaded at this start may load at the next one.
-        failed = {load.name for load in self._catalog.loads.values() if load.state == "failed"}
+        # What could not be loaded at this start, and may be tried again now, may load at the next.
+        loads = {load.name for load in self._catalog.loads.values()}
         try:
             before = read_state(file) or State()
         except CorruptStateFile:
             before = State()
         for network in before.networks:
-            if network.name in failed:
+            if network.name in loads:
                 networks.setdefault(network.name, network)
         state = State(
             networks=tuple(networks[name] for name in sorted(networks)),

@@ -37,14 +37,16 @@ class CompiledForwards:
     def __init__(self) -> None:
         self._forwards: dict[str, Any] = {}
 
-    def adopt(self, model: torch.nn.Module, config: VllmConfig) -> bool:
+    def knows(self, config: VllmConfig) -> bool:
+        """Whether a network of the same architecture has compiled its forward."""
+        return _architecture(config) in self._forwards
+
+    def adopt(self, model: torch.nn.Module, config: VllmConfig) -> None:
         """Give `model` the forward of an earlier network of the same architecture, if any."""
         module = _compiled_module(model)
         forward = self._forwards.get(_architecture(config))
-        if module is None or forward is None:
-            return False
-        module.aot_compiled_fn = forward
-        return True
+        if module is not None and forward is not None:
+            module.aot_compiled_fn = forward
 
     def keep(self, model: torch.nn.Module, config: VllmConfig) -> None:
         """Remember the forward that `model` compiled when it first ran."""

@@ -39,8 +39,8 @@ class ValueNetworkWorker:
     def trimtab_begin(self, load: Reply) -> Reply:
         return self._answer(lambda residency: residency.begin(load))
 
-    def trimtab_build(self, load_id: str, version: str, folder: str) -> Reply:
-        return self._answer(lambda residency: residency.build(load_id, version, folder))
+    def trimtab_build(self, load_id: str, version: str, folder: str, anew: bool) -> Reply:
+        return self._answer(lambda residency: residency.build(load_id, version, folder, anew))
 
     def trimtab_advance(self, load_id: str) -> Reply:
         return self._answer(lambda residency: residency.advance(load_id))

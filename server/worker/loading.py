@@ -7,6 +7,7 @@ thread that decodes, between two steps: one for the modules, then one for each t
 Reads vLLM 0.32's `BaseModelLoader.load_model` and `DefaultModelLoader.load_weights`.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from server.worker.compilation import LAYER_PREFIX
+from value_models.store import INDEX_FILE
 
 Pieces = Iterator[None]
 """Work in short pieces: each `next` does one."""
@@ -58,7 +60,7 @@ def load_weights(model: torch.nn.Module, config: VllmConfig, device: torch.devic
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
         yield
-    for file in sorted(Path(config.model_config.model).glob("*.safetensors")):
+    for file in _weight_files(Path(config.model_config.model)):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 tensor = tensors.get_tensor(name)
@@ -117,6 +119,15 @@ def finish(pieces: Pieces) -> None:
     """Do all that is left."""
     for _ in pieces:
         pass
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that were checked and hashed: others may lie beside them."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    listed: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+    return [folder / name for name in sorted(set(listed.values()))]
 
 
 def _current(config: VllmConfig) -> AbstractContextManager[None]:

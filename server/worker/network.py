@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from vllm.config import (
+    CompilationMode,
     CUDAGraphMode,
     ModelConfig,
     VllmConfig,
@@ -76,6 +77,8 @@ class ValueNetwork:
         target_config: VllmConfig,
         target_fingerprint: str,
         readers: Readers,
+        forwards: CompiledForwards,
+        may_compile: bool,
         device: torch.device,
     ) -> Generator[None, None, "ValueNetwork"]:
         """Load a network in short pieces; the generator returns it.
@@ -85,6 +88,8 @@ class ValueNetwork:
             target_config: the engine's own configuration; it is not changed.
             target_fingerprint: of the target's tokenizer; the folder fits it.
             readers: all of the worker's.
+            forwards: those compiled in the worker; `bind` may add this network's.
+            may_compile: take the seconds to compile, if no network of this architecture has.
             device: where the target's logits are.
 
         Raises:
@@ -96,6 +101,10 @@ class ValueNetwork:
             translator = Translator(readers.load(folder.path, target_fingerprint), device)
             yield
         config = _network_config(folder, target_config, translator is not None)
+        if not (may_compile or forwards.knows(config)):
+            # Nor single operations, which vLLM compiles where it compiles models.
+            config.compilation_config.mode = CompilationMode.NONE
+            config.compilation_config.custom_ops = ["all"]
         yield
         # vLLM makes tied embeddings twice before it ties them, and pads vocabularies.
         allowed = 2.25 * folder.num_parameters * config.model_config.dtype.itemsize + (1 << 20)
@@ -142,16 +151,13 @@ class ValueNetwork:
         """What vLLM runs the network with."""
         return self._config
 
-    def bind(
-        self, pool: BlockPool, forwards: CompiledForwards, load_id: int, may_compile: bool
-    ) -> Pieces:
+    def bind(self, pool: BlockPool, forwards: CompiledForwards, load_id: int) -> Pieces:
         """Take KV blocks from `pool`, then run the model once or twice, in pieces.
 
         Args:
             pool: of this network's `kv_shape`, for sequences of its `longest`.
-            forwards: all of the worker's compiled forwards; may gain this network's.
+            forwards: as given to `build`.
             load_id: unique in the worker's life, so that no cached block outlives its network.
-            may_compile: take the seconds to compile, if no network of this architecture has.
 
         Raises:
             RuntimeError: vLLM's kernels cannot run the model's shape.
@@ -166,12 +172,12 @@ class ValueNetwork:
             self._metadata_builder = backend.get_builder_cls()(
                 self.kv_shape.layer, self._layer_names, self._config, self._device
             )
-        yield from self._warm_up(forwards, may_compile)
+        yield from self._warm_up(forwards)
 
     @property
-    def pool(self) -> BlockPool:
-        """Where its KV blocks are."""
-        return self._pool
+    def pool(self) -> BlockPool | None:
+        """Where its KV blocks are, once it is bound."""
+        return getattr(self, "_pool", None)
 
     def free(self) -> None:
         """Give back weights and KV blocks. The network must not be used any more."""
@@ -222,7 +228,7 @@ class ValueNetwork:
         table.last_used[rows.slots] = self._pool.tick()
         return logits
 
-    def _warm_up(self, forwards: CompiledForwards, may_compile: bool) -> Pieces:
+    def _warm_up(self, forwards: CompiledForwards) -> Pieces:
         """Try the model, compiled or not: what cannot run must be known before requests come.
 
         The tokens go into vLLM's null block, which nobody reads.
@@ -243,10 +249,12 @@ class ValueNetwork:
             self._table.release(0)
             return logits
 
+        yield  # all workers have come so far: what follows may wait for the others
         eager = run(eager=True)
         yield
-        if not (forwards.adopt(self._model, self._config) or may_compile):
+        if self._config.compilation_config.mode == CompilationMode.NONE:
             return
+        forwards.adopt(self._model, self._config)
         compiled = run(eager=False)
         # Rounding differs by a few per mille; another network's weights would by about 100 %.
         self._eager = not (compiled - eager).norm() <= 0.05 * eager.norm()

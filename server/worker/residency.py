@@ -179,30 +179,34 @@ class Residency:
         if running is not None and not load["supersede"]:
             return {"refused": "loading"}
         needed = self._needed(load)
-        free = self._free() + (running.promised_bytes if running is not None else 0)
+        free = self._free() + (0 if running is None else self._held_by(running))
         if needed > free:
             refused = {"refused": "memory", "needed": needed, "free": free, "total": self._total}
             return refused | self.status()
         if running is not None:
             running.free()
+            self._drop_unused_pools()
         self._forget_loads(load["name"])
         self._loads[load["id"]] = _Load(
             load["id"], load["name"], load["source"], load["owner"], time.time(), needed, load
         )
         return self.status()
 
-    def build(self, load_id: str, version: str, folder: str) -> Reply:
-        """Say where the load's network lies. `advance` reads it."""
+    def build(self, load_id: str, version: str, folder: str, anew: bool) -> Reply:
+        """Say where the load's network lies. `advance` reads it.
+
+        A version that is resident and sound is ready at once, unless it is to be built `anew`:
+        that it failed in another engine is seen only there.
+        """
         load = self._loads.get(load_id)
         if load is None or load.state != "loading":
             return _gone(load)
         load.version = version
         resident = self._residents.get((load.name, version))
-        if resident is not None and resident.network.failure is None:
-            load.promised_bytes = 0
+        if resident is not None and resident.network.failure is None and not anew:
             return {"state": "ready", "reason": None}
         try:
-            load.pieces = self._build(load, _checked(load, Path(folder)))
+            load.pieces = self._build(load, _checked(load, Path(folder)), may_compile=False)
         except Exception as error:
             self._fail(load, _reason(error))
             return {"state": "failed", "reason": load.reason}
@@ -231,7 +235,7 @@ class Residency:
             return _gone(load)
         if not load.warming:
             load.warming = True
-            load.pieces = self._bind(load, may_compile=False)
+            load.pieces = self._bind(load)
         if load.pieces is None:
             return {"state": "prepared", "reason": None}
         state = self._next_piece(load)
@@ -247,7 +251,7 @@ class Residency:
         resident = self._residents.get(key)
         if load.network is not None:
             if resident is not None:
-                resident.network.free()  # it has failed
+                resident.network.free()  # it has failed, here or in another engine
             seconds = time.monotonic() - load.began
             resident = _Resident(load.network, load.source, 0, time.time(), seconds)
         if resident is None:
@@ -310,7 +314,7 @@ class Residency:
             try:
                 checked = check_network(folder, name)
                 load.version = checked.version
-                finish(self._build(load, checked))
+                finish(self._build(load, checked, may_compile=True))
                 load.promised_bytes = load.network.weights_bytes  # pools come below, for all
                 self._loads[load.id] = load
                 built.append(load)
@@ -320,14 +324,18 @@ class Residency:
                     raise
                 logger.exception("value network %s cannot be loaded", name)
                 self._note_failure(name, source, _reason(error))
-        shapes = {(load.network.kv_shape, load.network.longest) for load in built}
-        share = self._free() // (2 * max(1, len({shape for shape, _ in shapes})))
-        # The longest contexts first: shorter ones find room in their pools.
-        for load in sorted(built, key=lambda load: -load.network.longest):
+        # The largest contexts first: smaller ones find room in their pools.
+        least = {load.id: load.network.kv_shape.bytes_for(load.network.longest) for load in built}
+        built.sort(key=lambda load: -least[load.id])
+        while built:
+            load = built.pop(0)
             source = self._settings.sources.get(load.name)
+            wanted = {(other.network.kv_shape, least[other.id]) for other in built}
+            kept = sum(num_bytes for _, num_bytes in wanted)
+            share = (self._free() - kept) // (2 * (1 + len(wanted)))
             try:
                 load.warming = True
-                finish(self._bind(load, may_compile=True, pool_bytes=share))
+                finish(self._bind(load, pool_bytes=share))
                 load.pieces = None
                 self.commit(load.id)
                 self._residents[load.name, load.version].source = source
@@ -338,12 +346,14 @@ class Residency:
                 self._fail(load, _reason(error))
         self._drop_unused_pools()
 
-    def _build(self, load: _Load, folder: NetworkFolder) -> Pieces:
+    def _build(self, load: _Load, folder: NetworkFolder, may_compile: bool) -> Pieces:
         network = yield from ValueNetwork.build(
             folder,
             self._config,
             self._settings.tokenizer_fingerprint,
             self._readers,
+            self._forwards,
+            may_compile,
             self._device,
         )
         load.network = network
@@ -351,7 +361,7 @@ class Residency:
         self._check_memory(needed, self._free() + load.promised_bytes)
         load.promised_bytes = needed
 
-    def _bind(self, load: _Load, may_compile: bool, pool_bytes: int | None = None) -> Pieces:
+    def _bind(self, load: _Load, pool_bytes: int | None = None) -> Pieces:
         network = load.network
         assert network is not None
         pool = self._pool(network.kv_shape, network.longest)
@@ -374,7 +384,7 @@ class Residency:
             self._pools.append(pool)
         load.promised_bytes = network.weights_bytes
         self._order += 1
-        yield from network.bind(pool, self._forwards, self._order, may_compile)
+        yield from network.bind(pool, self._forwards, self._order)
         network.seconds, network.num_tokens = 0.0, 0
 
     def _next_piece(self, load: _Load) -> str:
@@ -437,6 +447,12 @@ class Residency:
     def _pool(self, shape: KVShape, longest: int) -> BlockPool | None:
         pools = (pool for pool in self._pools if pool.shape == shape)
         return next((pool for pool in pools if pool.num_tokens >= longest), None)
+
+    def _held_by(self, load: _Load) -> int:
+        """Memory that comes back if a load ends: its promise, and a pool made for it alone."""
+        pool = None if load.network is None else load.network.pool
+        alone = pool is not None and pool.num_networks == 1
+        return load.promised_bytes + (pool.num_bytes if alone else 0)
 
     def _drop_unused_pools(self) -> None:
         self._pools = [pool for pool in self._pools if pool.num_networks]

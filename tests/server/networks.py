@@ -128,14 +128,14 @@ class Worker:
         self.loads[load["id"]] = {**kept, "state": "loading", "reason": None, "started_at": 1.0}
         return self.status()
 
-    def build(self, load_id: str, version: str, folder: str) -> dict[str, Any]:
+    def build(self, load_id: str, version: str, folder: str, anew: bool) -> dict[str, Any]:
         load = self.loads.get(load_id)
         if load is None or load["state"] != "loading":
             return {"state": "gone", "reason": None}
         self.slices[load_id] = 3
-        load["built"] = (version, folder)
         resident = self.networks.get((load["name"], version))
-        held = resident is not None and resident["reason"] is None
+        held = resident is not None and resident["reason"] is None and not anew
+        load["built"] = (version, folder, held)
         return {"state": "ready" if held else "building", "reason": None}
 
     def advance(self, load_id: str) -> dict[str, Any]:
@@ -148,9 +148,9 @@ class Worker:
         load = self.loads.get(load_id)
         if load is None or load["state"] != "loading":
             return self.status()
-        name, (version, folder) = load["name"], load["built"]
+        name, (version, folder, held) = load["name"], load["built"]
         network = self.networks.get((name, version))
-        if network is None or network["reason"] is not None:
+        if network is None or not held:
             network = status(
                 name, version=version, folder=folder, weights_bytes=self.needed[load_id]
             )

@@ -3,16 +3,19 @@ import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from server import initial
 from server.initial import Chosen, LaunchError, Memory, NoRoom, Plan, copy_networks, plan
-from server.lifecycle.state_file import RememberedNetwork, State, write_state
+from server.lifecycle.state_file import RememberedNetwork, State, read_state, write_state
 from server.settings import Settings
 from tests.models import OTHER_TEXT, make_network, make_tokenizer
 from tests.server.conftest import SMALL
 from value_models.manifest import tokenizer_fingerprint
-from value_models.store import DirectoryError, NetworkError, check_network
+from value_models.snapshot import snapshot
+from value_models.store import DirectoryError, NetworkError, NetworkFolder, check_network
 
 GIB = 1 << 30
 
@@ -125,22 +128,49 @@ def test_what_was_removed_or_spoilt_meanwhile_is_told_and_left_out(
     store: Path, state_file: Path, tmp_path: Path
 ) -> None:
     remember(state_file, "gone", "json", "qa")
+    entry = RememberedNetwork(name="answers", source="gone-2", version="3f2a91c0")
+    known = read_state(state_file)
+    assert known is not None
+    write_state(state_file, State(networks=(*known.networks, entry)))
     (store / "json" / "model.safetensors").write_bytes(b"12345678901")
     start = Start(tmp_path)
     chosen = start(value_network_dir=str(store), state_file=str(state_file))
     assert list(chosen.networks) == ["qa"]
     assert "no such folder" in chosen.unloadable["gone"]
     assert "truncated" in chosen.unloadable["json"]
-    assert [note.startswith("Not loaded: value network") for note in start.notes] == [True, True]
+    assert "no such folder" in chosen.unloadable["answers"]
+    assert chosen.sources["answers"] == "gone-2", "it would be tried again from another folder"
+    assert [note.startswith("Not loaded: value network") for note in start.notes] == [True] * 3
 
 
-def test_what_cannot_steer_the_target_is_told_and_left_out(
-    store: Path, state_file: Path, tmp_path: Path
+def test_what_cannot_steer_the_target_is_told_and_not_copied(
+    store: Path, state_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_network(store / "other", **SMALL, tokenizer=make_tokenizer(OTHER_TEXT, 400))
+    copied: list[str] = []
+
+    def recorded(folder: Path, name: str, *rest: Any) -> NetworkFolder:
+        copied.append(name)
+        return snapshot(folder, name, *rest)
+
+    monkeypatch.setattr(initial, "snapshot", recorded)
     chosen = Start(tmp_path)(value_network_dir=str(store), state_file=str(state_file))
-    assert list(chosen.networks) == ["json", "qa"]
+    assert list(chosen.networks) == copied == ["json", "qa"]
     assert "trimtab align" in chosen.unloadable["other"]
+
+
+def test_a_copy_of_what_cannot_steer_the_target_is_deleted(
+    store: Path, state_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(network: NetworkFolder, target_fingerprint: str) -> None:
+        if network.name == "qa" and network.path.is_relative_to(tmp_path / "run"):
+            raise NetworkError("it was replaced meanwhile")
+
+    monkeypatch.setattr(initial, "check_servable", changed)
+    chosen = Start(tmp_path)(value_network_dir=str(store), state_file=str(state_file))
+    assert chosen.unloadable == {"qa": "it was replaced meanwhile"}
+    copies = (tmp_path / "run" / "networks").iterdir()
+    assert [copy.name.partition("@")[0] for copy in copies] == ["json"]
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"format_version": 9}', "[]"])
@@ -233,7 +263,7 @@ def test_what_does_not_fit_is_left_for_later(store: Path, state_file: Path, tmp_
     start = Start(tmp_path, gigabytes)
     chosen = start(value_network_dir=str(store), state_file=str(state_file))
     assert list(chosen.networks) == ["json", "qa"]
-    assert not chosen.unloadable
+    assert "'large' needs about" in chosen.unloadable["large"]
     assert "'large' needs about" in start.notes[0] and "--value-memory-gb" in start.notes[0]
     with pytest.raises(NoRoom, match="'large' needs about"):
         Start(tmp_path, gigabytes)(value_network=[f"large={store / 'large'}"])

@@ -579,37 +579,3 @@ def test_a_restart_finds_the_same_networks(directory: Path, target: Path, tmp_pa
         assert complete(client, asking("published-meanwhile")).networks
         with pytest.raises(RequestFailed):
             complete(client, asking("unused"))
-
-
-def test_the_first_request_after_a_load_compiles_nothing(target: Path, tmp_path: Path) -> None:
-    store, compiled = tmp_path / "store", tmp_path / "compiled"
-    make_network(store / "resident", **SMALL, seed=40)
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled), "VLLM_CACHE_ROOT": str(tmp_path / "v")}
-    flags = ("--dtype", "float32", "--max-model-len", "512", "--seed", "0")
-    with (
-        serving(
-            tmp_path / "server",
-            target,
-            *("--value-network-dir", store, "--state-file", tmp_path / "state.json"),
-            flags=flags,
-            environment=environment,
-        ) as served,
-        httpx.Client(base_url=served.url, timeout=120) as client,
-    ):
-        operator = Operator(client)
-
-        def artifacts() -> set[Path]:
-            return {file for file in compiled.rglob("*") if file.is_file()}
-
-        at_start = artifacts()
-        assert at_start, "nothing was compiled: the test sees nothing"
-        # Of a shape that the server has not seen, so that there is something to compile.
-        make_network(store / "new-shape", **CYCLED, seed=41)
-        operator.load("new-shape")
-        ready = artifacts()
-        complete(client, asking("new-shape"))
-        with ThreadPoolExecutor(4) as pool:
-            list(
-                pool.map(lambda prompt: complete(client, asking("new-shape", prompt)), PROMPTS[:4])
-            )
-        assert artifacts() == ready

@@ -20,7 +20,7 @@ from value_models.store import (
     check_network,
 )
 from value_models.vocabulary.align import align_vocabularies
-from value_models.vocabulary.tokens import Vocabulary
+from value_models.vocabulary.tokens import Vocabulary, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -500,3 +500,10 @@ def test_a_store_that_goes_away(folder, tmp_path):
         store.names()
     with pytest.raises(DirectoryError, match="no such directory"):
         store.check("tab")
+
+
+def test_a_tokenizer_that_transformers_adds_tokens_to_is_the_manifests(tmp_path: Path) -> None:
+    folder = make_network(tmp_path / "qwen", architecture="qwen2")
+    manifest = json.loads((folder / "value_network.json").read_text())
+    assert manifest["tokenizer_fingerprint"] != tokenizer_fingerprint(load_tokenizer(folder))
+    assert check_network(folder).version

@@ -14,8 +14,8 @@ from prometheus_client import REGISTRY
 
 from server.api.errors import ApiError
 from server.api.resources import NetworkInfo
-from server.lifecycle import state_record, store_listing
-from server.lifecycle.catalog import Catalog, Network
+from server.lifecycle import loader, state_record, store_listing
+from server.lifecycle.catalog import Catalog, Network, WorkerError
 from server.lifecycle.changes import WATCH_SECONDS
 from server.lifecycle.leases import Lease, Leases
 from server.lifecycle.lifecycle import Lifecycle
@@ -541,6 +541,20 @@ class TestManyWorkers:
         assert not any(worker.needed for worker in server.engines.workers)
         assert held(server) == [{}] * 4
 
+    @pytest.mark.parametrize("culprit", [0, 3])
+    async def test_a_version_that_failed_in_one_is_built_in_all(
+        self, server: Server, culprit: int
+    ) -> None:
+        process = await server.start()
+        await loaded(process, "qa")
+        server.engines.workers[culprit].networks["qa", V1].update(state="failed", reason="it threw")
+        info = await loaded(process, "qa")
+        assert (info.state, info.reason) == ("ready", None)
+        assert held(server) == [{f"qa@{V1}": "ready"}] * 4
+        folders = {worker.networks["qa", V1]["folder"] for worker in server.engines.workers}
+        (folder,) = folders
+        assert Path(folder).exists()
+
     async def test_workers_that_cannot_answer_are_unavailable(self, server: Server) -> None:
         process = await server.start()
         server.engines.workers[3].breaks_at = "trimtab_networks"
@@ -882,6 +896,90 @@ class TestOnDemand:
         assert network.version == V3
         assert server.store.staged == ["qa-next"]
 
+    @pytest.mark.parametrize("how", ["withheld", "not on demand", "not in the store"])
+    async def test_an_operators_load_is_waited_for_where_requests_load_nothing(
+        self, make: Callable[..., Server], how: str
+    ) -> None:
+        server = make(load_on_demand=how != "not on demand")
+        process = await server.start()
+        name = "answers" if how == "not in the store" else "qa"
+        if how == "withheld":
+            await process.lifecycle.unload("qa", False, "r")
+        await process.lifecycle.load(name, "qa", "r")
+        network, _ = await process.accept(name)
+        assert network.version == V1
+        assert server.store.staged == ["qa"]
+
+    async def test_an_operators_load_that_fails_leaves_a_network_withheld(
+        self, server: Server
+    ) -> None:
+        process = await server.start()
+        await process.lifecycle.unload("qa", False, "r")
+        server.worker.fails_at = "trimtab_build"
+        await process.lifecycle.load("qa", None, "r")
+        error = await refusal(process.lifecycle.ensure("qa"))
+        assert (error.status, "an operator has unloaded it" in error.message) == (404, True)
+        assert server.store.staged == ["qa"]
+
+    async def test_a_load_that_an_operator_ends_is_not_begun_again(self, server: Server) -> None:
+        process = await server.start()
+        staging, go = asyncio.Event(), asyncio.Event()
+
+        async def wait(source: str) -> None:
+            staging.set()
+            await go.wait()
+
+        server.store.on_stage = wait
+        asking = asyncio.create_task(refusal(process.lifecycle.ensure("qa")))
+        await staging.wait()
+        await process.lifecycle.unload("qa", False, "r")
+        go.set()
+        assert "an operator has unloaded it" in (await asking).message
+        assert server.store.staged == ["qa"]
+
+    async def test_workers_that_fail_while_a_request_waits_are_asked_again(
+        self, server: Server
+    ) -> None:
+        here, there = await server.start(), await server.start()
+        staging, go = asyncio.Event(), asyncio.Event()
+
+        async def wait(source: str) -> None:
+            staging.set()
+            await go.wait()
+
+        server.store.on_stage = wait
+        await here.lifecycle.load("qa", None, "r")
+        await staging.wait()
+        accepting = asyncio.create_task(there.accept("qa"))
+        await asyncio.sleep(3 * WATCH_SECONDS)
+        failures: list[str] = []
+        catch_up = there.lifecycle._changes.catch_up
+
+        async def failing() -> None:
+            if len(failures) < 5:
+                failures.append("")
+                raise WorkerError("no answer")
+            await catch_up()
+
+        there.lifecycle._changes.catch_up = failing  # type: ignore[method-assign]
+        await until(lambda: len(failures) == 5)
+        go.set()
+        assert (await accepting)[0].version == V1
+
+    async def test_what_came_from_another_folder_is_tried_from_there(self, server: Server) -> None:
+        """A folder of its own name is another network."""
+        server.store.folders["answers"] = (V3, 1000)
+        failed = {"id": "s", "name": "answers", "source": "qa", "owner": "", "started_at": 0.0}
+        server.worker.loads["s"] = {**failed, "state": "failed", "reason": "did not fit"}
+        process = await server.start()
+        error = await refusal(process.lifecycle.ensure(f"answers@{V3}"))
+        assert (error.status, server.store.staged) == (503, [])
+        del server.store.folders["answers"]
+        await process.lifecycle.overview()
+        assert process.lifecycle.offers("answers")
+        network, _ = await process.accept("answers")
+        assert (network.version, network.source) == (V1, "qa")
+
     async def test_it_can_be_turned_off(self, make: Callable[..., Server]) -> None:
         server = make(load_on_demand=False)
         process = await server.start()
@@ -895,6 +993,8 @@ class TestOnDemand:
         for reference in ("guard", "target", "../qa", "", "qa@", "qa@latest", f"qa@{V1}@"):
             await process.lifecycle.ensure(reference)
         assert server.engines.calls == ["trimtab_attach"]
+        assert not process.lifecycle.offers("target")
+        assert not process.lifecycle.offers(f"target@{V3}")
         assert process.lifecycle.offers("qa") and process.lifecycle.offers(f"qa@{V1}")
         assert not process.lifecycle.offers("guard")
 
@@ -974,6 +1074,29 @@ class TestOnDemand:
         network, _ = await process.accept(f"qa@{V1}")
         assert network.version == V1
 
+    async def test_a_pinned_version_that_is_not_there_keeps_no_other_request_waiting_in_vain(
+        self, server: Server
+    ) -> None:
+        here, there = await server.start(), await server.start()
+        staging, go = asyncio.Event(), asyncio.Event()
+
+        async def wait(source: str) -> None:
+            staging.set()
+            await go.wait()
+
+        server.store.on_stage = wait
+        pinned = [
+            asyncio.create_task(refusal(here.lifecycle.ensure(f"qa@{version}")))
+            for version in (V2, V3)
+        ]
+        await staging.wait()
+        others = [asyncio.create_task(process.accept("qa")) for process in (here, there)]
+        await asyncio.sleep(3 * WATCH_SECONDS)
+        go.set()
+        assert {network.version for network, _ in await asyncio.gather(*others)} == {V1}
+        await asyncio.wait(pinned)
+        assert len(server.store.staged) == 2, "each version that was wanted was read for"
+
     async def test_a_pinned_version_does_not_replace_what_is_loaded(self, server: Server) -> None:
         process = await server.start()
         await loaded(process, "qa")
@@ -999,12 +1122,32 @@ class TestOnDemand:
         await loaded(process, "qa")
         await process.accept("qa")
 
+    @pytest.mark.parametrize("cause", ["the store", "the workers"])
+    async def test_clients_do_not_learn_why_nothing_can_be_loaded(
+        self, server: Server, monkeypatch: pytest.MonkeyPatch, cause: str
+    ) -> None:
+        process = await server.start()
+        if cause == "the workers":
+            server.worker.breaks_at = "trimtab_begin"
+        else:
+
+            async def inspect(source: str, name: str) -> NetworkFacts:
+                raise StagingError("/srv/store cannot be read")
+
+            monkeypatch.setattr(server.store, "inspect", inspect)
+        error = await refusal(process.lifecycle.ensure("qa", "model"))
+        assert (error.status, error.param) == (503, "model")
+        assert "/srv" not in error.message and "it broke" not in error.message
+        assert int(error.headers["Retry-After"]) > 0
+
     async def test_what_does_not_fit_is_said(self, server: Server) -> None:
         server.store.folders["huge"] = (V3, 10_000)
         process = await server.start()
+        await loaded(process, "qa")
         error = await refusal(process.lifecycle.ensure("huge", "model"))
         assert (error.status, error.param) == (507, "model")
         assert "needs 20,000 bytes" in error.message
+        assert "could be unloaded" not in error.message, "clients learn of others' networks"
 
 
 class TestMakingRoom:
@@ -1054,6 +1197,39 @@ class TestMakingRoom:
         process = await server.start()
         error = await refusal(process.lifecycle.load("qa", None, "r"))
         assert (error.status, "could be unloaded" in error.message) == (507, False)
+
+    async def test_what_came_from_another_folder_stays(self, server: Server) -> None:
+        """A request would load it again from the folder of its name, which is another network."""
+        process = await server.start()
+        for number in range(5):
+            await loaded(process, f"m{number}", f"n{number}")
+        error = await refusal(process.lifecycle.load("qa", None, "r"))
+        assert (error.status, server.worker.unloaded) == (507, [])
+        assert "these could be unloaded: m4" in error.message
+
+    async def test_a_version_that_may_not_be_there_is_no_reason_to_unload_another(
+        self, server: Server
+    ) -> None:
+        process = await server.start()
+        await self.fill(server, process)
+        assert (await refusal(process.accept(f"qa@{V3}"))).status == 507
+        assert server.worker.unloaded == []
+        assert (await process.accept("qa"))[0].version == V1
+
+    async def test_a_store_that_is_slow_leaves_time_to_make_room(
+        self, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loader, "EVICTION_SECONDS", 0.2)
+        process = await server.start()
+        await self.fill(server, process)
+        inspect = server.store.inspect
+
+        async def slowly(source: str, name: str) -> NetworkFacts:
+            await asyncio.sleep(0.3)
+            return await inspect(source, name)
+
+        monkeypatch.setattr(server.store, "inspect", slowly)
+        assert (await loaded(process, "qa")).state == "ready"
 
     async def test_a_request_makes_room_too(self, server: Server) -> None:
         process = await server.start()
@@ -1112,6 +1288,23 @@ class TestStart:
         }
         info = await process.lifecycle.describe("guard")
         assert (info.state, info.reason) == ("failed", "truncated")
+
+    async def test_what_is_tried_again_is_not_forgotten_meanwhile(self, server: Server) -> None:
+        remembered = {"name": "guard", "source": "guard", "version": V3}
+        state = {"format_version": 1, "networks": [remembered], "withheld": []}
+        server.state_file.write_text(json.dumps(state))
+        failed = {"id": "s", "name": "guard", "source": "guard", "owner": "", "started_at": 0.0}
+        server.worker.loads["s"] = {**failed, "state": "failed", "reason": "did not fit"}
+        server.store.folders["guard"] = (V3, 1000)
+
+        async def wait(source: str) -> None:
+            await asyncio.Event().wait()
+
+        process = await server.start()
+        server.store.on_stage = wait
+        await process.lifecycle.load("guard", None, "r")
+        await process.lifecycle.unload("qa", False, "r")
+        assert [n.name for n in server.state.networks] == ["guard"]
 
     async def test_a_state_file_that_cannot_be_written_is_shown(
         self, server: Server, tmp_path: Path

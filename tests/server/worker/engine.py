@@ -106,7 +106,7 @@ class GuidedEngine:
         version = check_network(folder, name).version
         assert "refused" not in self.begin(name, folder, mapped=mapped)
         yield
-        state = self.call("build", name, version, str(folder))["state"]
+        state = self.call("build", name, version, str(folder), False)["state"]
         yield
         while state == "building":
             reply = self.call("advance", name)
@@ -122,6 +122,9 @@ class GuidedEngine:
         self.call("commit", name)
         self.versions[name] = version
         self.networks[name] = _load(folder)
+
+    def load_reference(self, folder: Path) -> PreTrainedModel:
+        return _load(folder)
 
     def params(self, ask: Ask) -> SamplingParams:
         options: dict[str, Any] = {

@@ -231,16 +231,26 @@ def test_compiled_networks_of_one_architecture(tmp_path: Path) -> None:
         for name, folder in (("d", late), ("e", other)):
             for _ in engine.load(name, folder):
                 pass
-            (eager,) = engine.llm.collective_rpc(runs_eagerly, args=(name,))
-            assert eager == (name == "e")
+            (mode,) = engine.llm.collective_rpc(mode_of, args=(name,))
+            assert mode == ("DYNAMO_TRACE_ONCE" if name == "d" else "NONE")
+        compiled = engine.llm.collective_rpc(num_compiled)
+        assert compiled > [0]
         asks = [Ask([rng.randrange(10, VOCAB - 1), 11, 12], 40, name) for name in "adeda"]
         engine.assert_exact(asks, engine.run(asks))
+        assert engine.llm.collective_rpc(num_compiled) == compiled  # all were warm
         # The weights of the one that compiled it go; its compiled forward stays.
         engine.call("retire", "a", False)
         engine.call("unload", f"a@{engine.versions['a']}")
         engine.assert_exact(asks[1:4], engine.run(asks[1:4]))
 
 
-def runs_eagerly(worker: Any, name: str) -> bool:
+def mode_of(worker: Any, name: str) -> str:
     networks = worker._value_guidance().residency.networks()
-    return next(network._eager for network in networks if network.folder.name == name)
+    network = next(network for network in networks if network.folder.name == name)
+    assert not network._eager or network.config.compilation_config.mode.name == "NONE"
+    return network.config.compilation_config.mode.name
+
+
+def num_compiled(_worker: Any) -> int:
+    count: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return count

@@ -72,8 +72,8 @@ def test_non_finite_logits_end_only_their_own_requests(engine: GuidedEngine) -> 
 
 def test_a_forward_that_throws_ends_only_its_own_requests(engine: GuidedEngine) -> None:
     def break_forward(worker: Any) -> None:
-        guidance = worker._value_guidance().guidance
-        (network,) = [n for n in guidance._networks.values() if n.folder.name == "throws"]
+        residency = worker._value_guidance().residency
+        (network,) = [n for n in residency.networks() if n.folder.name == "throws"]
 
         def forward(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError("out of luck")

@@ -1,6 +1,8 @@
 """Networks come and go in a real worker while others decode."""
 
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,15 +164,69 @@ def test_a_second_load_of_a_name_waits_or_supersedes(engine: GuidedEngine, root:
     engine.begin("qa", root / "second", id="one")
     assert engine.begin("qa", root / "third", id="two", supersede=False)["refused"] == "loading"
     version = check_network(root / "second").version
-    engine.call("build", "one", version, str(root / "second"))
+    engine.call("build", "one", version, str(root / "second"), False)
     engine.call("advance", "one")
     engine.begin("qa", root / "third", id="two")
     assert engine.call("advance", "one")["state"] == "gone"
     assert [load["id"] for load in engine.call("networks")["loads"]] == ["two"]
     engine.call("retire", "qa", False)
     assert engine.call("networks")["loads"] == []
-    assert engine.call("build", "two", version, str(root / "third"))["state"] == "gone"
+    assert engine.call("build", "two", version, str(root / "third"), False)["state"] == "gone"
     assert "qa" not in engine.status()
+
+
+def test_what_a_superseded_load_held_comes_back(engine: GuidedEngine, root: Path) -> None:
+    """Its pool too, which nobody else can use."""
+    before = engine.call("networks")["memory"]
+    engine.begin("qa", root / "mistral", id="one")
+    version = check_network(root / "mistral").version
+    engine.call("build", "one", version, str(root / "mistral"), False)
+    while engine.call("advance", "one")["state"] != "built":
+        pass
+    engine.call("warm_up", "one")
+    assert engine.call("networks")["memory"]["kv_cache_bytes"] > before["kv_cache_bytes"]
+    engine.begin("qa", root / "second", id="two")
+    assert engine.call("networks")["memory"]["kv_cache_bytes"] == before["kv_cache_bytes"]
+    engine.call("abort", "one", "superseded", True)
+    engine.call("abort", "two", "", True)
+    assert engine.call("networks")["memory"] == before
+
+
+def test_only_weights_that_the_index_lists_are_loaded(
+    engine: GuidedEngine, root: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(root / "second", tmp_path / "sharded")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "listed.safetensors", metadata={"format": "pt"})
+    other = {name: tensor + 1 for name, tensor in weights.items()}
+    save_file(other, folder / "unlisted.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "listed.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load(engine, "qa", folder)
+    asked = asks(9, ["qa", None], max_tokens=10)
+    engine.networks["qa"] = engine.load_reference(root / "second")
+    engine.assert_exact(asked, engine.run(asked))
+    unload(engine, "qa")
+
+
+def test_a_version_can_be_built_anew(engine: GuidedEngine, root: Path) -> None:
+    """It has failed in another engine, and is to be sound in all."""
+    load(engine, "qa", root / "second")
+    before = networks_named(engine, "qa")[0]
+    engine.begin("qa", root / "second")
+    build = ("build", "qa", before["version"], str(root / "second"), True)
+    assert engine.call(*build)["state"] == "building"
+    while engine.call("advance", "qa")["state"] != "built":
+        pass
+    while engine.call("warm_up", "qa")["state"] != "prepared":
+        pass
+    engine.call("commit", "qa")
+    (after,) = networks_named(engine, "qa")
+    assert after["order"] > before["order"] and after["state"] == "ready"
+    again = asks(7, ["qa"], max_tokens=10)
+    engine.assert_exact(again, engine.run(again))
+    unload(engine, "qa")
 
 
 def test_a_version_that_is_resident_is_not_loaded_again(engine: GuidedEngine, root: Path) -> None:
@@ -180,7 +236,7 @@ def test_a_version_that_is_resident_is_not_loaded_again(engine: GuidedEngine, ro
     assert networks_named(engine, "qa")[0]["state"] == "draining"
     assert "qa" in engine.call("networks")["withheld"]
     engine.begin("qa", root / "second")
-    assert engine.call("build", "qa", before["version"], "nowhere")["state"] == "ready"
+    assert engine.call("build", "qa", before["version"], "nowhere", False)["state"] == "ready"
     engine.call("commit", "qa")
     (after,) = networks_named(engine, "qa")
     assert after["state"] == "ready" and after["loaded_at"] == before["loaded_at"]
@@ -216,7 +272,7 @@ def test_a_load_that_fails_leaves_the_old_version_and_all_memory(
     before = engine.call("networks")["memory"]
     bad = spoil(tmp_path / "bad", root / "second", kind)
     engine.begin("stays", bad)
-    state = engine.call("build", "stays", "0bad0bad", str(bad))["state"]
+    state = engine.call("build", "stays", "0bad0bad", str(bad), False)["state"]
     while state == "building":
         reply = engine.call("advance", "stays")
         state = reply["state"]
@@ -270,16 +326,18 @@ def test_a_load_is_not_ready_before_it_was_tried(engine: GuidedEngine, root: Pat
     version = check_network(root / "mistral").version
     engine.begin("qa", root / "mistral")
     engine.call("commit", "qa")
-    engine.call("build", "qa", version, str(root / "mistral"))
+    engine.call("build", "qa", version, str(root / "mistral"), False)
     while engine.call("advance", "qa")["state"] != "built":
         engine.call("commit", "qa")
         assert not networks_named(engine, "qa")
     engine.call("commit", "qa")
     assert engine.llm.collective_rpc(tokens_run, args=("qa",)) == [0]
+    ran = []
     while engine.call("warm_up", "qa")["state"] != "prepared":
         engine.call("commit", "qa")
-        assert engine.llm.collective_rpc(tokens_run, args=("qa",)) > [0]
+        ran += engine.llm.collective_rpc(tokens_run, args=("qa",))
         assert not networks_named(engine, "qa")
+    assert max(ran) > 0
     engine.call("commit", "qa")
     (network,) = networks_named(engine, "qa")
     assert network["state"] == "ready"
