@@ -18,7 +18,7 @@ from server.lifecycle.staging import check_servable
 from server.lifecycle.state_file import CorruptStateFile, State, read_state
 from server.settings import Settings
 from value_models.snapshot import snapshot
-from value_models.store import NetworkError, NetworkFolder, Store, check_network
+from value_models.store import NetworkError, NetworkFolder, Store, check_fits, check_network
 
 BLOCK_TOKENS = 32
 TOKENS_PER_TARGET_TOKEN = 4
@@ -154,12 +154,12 @@ def copy_networks(
 
     def copy(folder: Path, name: str) -> None:
         facts = check_network(folder, name, with_version=False)
-        check_servable(facts, target)
+        check_fits(facts, target)
         mapped = facts.manifest.tokenizer_fingerprint != target
         memory.check(facts, mapped)
         network = snapshot(folder, name, into, facts.num_bytes + OTHER_FILES_BYTES)
         try:
-            check_servable(network, target)  # the folder may have changed meanwhile
+            check_servable(network, target)
         except BaseException:
             shutil.rmtree(network.path, ignore_errors=True)
             raise
