@@ -126,7 +126,7 @@ class Residency:
     def settle(self) -> None:
         """The engine has taken its memory: free what was kept for networks to come."""
         self._reservation = None
-        # A full collection walks all of vLLM's objects, for about 0.4 s: none is garbage.
+        # A full collection walks all of vLLM's objects, and few of them are ever garbage.
         gc.collect()
         gc.freeze()
 
