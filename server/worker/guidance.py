@@ -221,7 +221,7 @@ class Guidance:
             self.fail("its logits are not finite", network)
             return
         network.seconds += time.perf_counter() - began
-        self._residency.used(network)
+        network.last_used = time.time()
         add_value_logits(logits, value, assignment.scales, rows, columns)
 
     def _ready(

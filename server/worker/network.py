@@ -68,6 +68,7 @@ class ValueNetwork:
         longest: tokens of the longest sequence that it may have to read.
         seconds: of decoding steps that were spent on it.
         num_tokens: that it has computed.
+        last_used: when rows were last scored, Unix time; None: never.
     """
 
     @classmethod
@@ -129,6 +130,7 @@ class ValueNetwork:
         self.translator = translator
         self.seconds = 0.0
         self.num_tokens = 0
+        self.last_used: float | None = None
         self._device = device
         self._config = config
         self._model = model

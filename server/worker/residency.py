@@ -49,7 +49,6 @@ class _Resident:
     loaded_at: float
     load_seconds: float
     draining: bool = False
-    last_used: float | None = None
 
 
 @dataclass
@@ -138,12 +137,6 @@ class Residency:
     def networks(self) -> Iterable[ValueNetwork]:
         """All that rows may use."""
         return (resident.network for resident in self._residents.values())
-
-    def used(self, network: ValueNetwork) -> None:
-        """Take note that rows were scored."""
-        resident = self._residents.get((network.folder.name, network.folder.version))
-        if resident is not None:
-            resident.last_used = time.time()
 
     def status(self) -> Reply:
         """Describe all of it, as plain data for the API processes."""
@@ -497,7 +490,7 @@ class Residency:
             "weights_bytes": network.weights_bytes,
             "loaded_at": resident.loaded_at,
             "load_seconds": resident.load_seconds,
-            "last_used": resident.last_used,
+            "last_used": network.last_used,
             "forward_seconds": network.seconds,
             "forward_tokens": network.num_tokens,
             "prefix_queries": table.prefix_queries,
