@@ -31,6 +31,18 @@ class Choice(NamedTuple):
 
     networks: tuple[ChosenNetwork, ...]
     failure_token_id: int  # emitted when a network fails; one of the request's stop_token_ids
+    dynamic: bool = False
+    """The weights are solved for at every step, and the scales are their bounds."""
+    floor: float = 0.0
+    """Tokens to which the target gives less than this probability are not made likelier."""
+    after: tuple[int, ...] = ()
+    """Guidance begins when these token ids have been generated in a row; empty: at once."""
+    until_tokens: int | None = None
+    """Guidance ends when it has guided so many tokens."""
+    until_text: str | None = None
+    """Guidance ends when this text has been generated since it began."""
+    explain: str | None = None
+    """Name of the file in the run directory that gets a line for each token; None: no file."""
 
 
 def seal(choice: Choice, key: str) -> str:
@@ -51,8 +63,9 @@ def unseal(sealed: object, key: str) -> Choice:
             f'vllm_xargs["{EXTRA_ARG}"] is reserved; choose value networks with '
             "`model` or `value_guidance`"
         )
-    networks, failure_token_id = json.loads(payload)
-    return Choice(tuple(ChosenNetwork(*network) for network in networks), failure_token_id)
+    networks, failure_token_id, dynamic, floor, after, *rest = json.loads(payload)
+    chosen = tuple(ChosenNetwork(*network) for network in networks)
+    return Choice(chosen, failure_token_id, dynamic, floor, tuple(after), *rest)
 
 
 def _signature(payload: str, key: str) -> str:

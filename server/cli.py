@@ -4,6 +4,10 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from value_models.store import NetworkFolder
 
 SERVE_DESCRIPTION = """\
 Serve MODEL, steered per request by value networks, over OpenAI's API.
@@ -36,6 +40,8 @@ def main() -> None:
             raise SystemExit(evaluate(arguments))
         case ["align", *arguments]:
             raise SystemExit(align(arguments))
+        case ["pair", *arguments]:
+            raise SystemExit(pair(arguments))
         case ["check", *arguments]:
             raise SystemExit(check(arguments))
         case ["publish", *arguments]:
@@ -56,6 +62,7 @@ COMMANDS = {
     "train": "train a value network from demonstrations",
     "evaluate": "measure how well a value network guides a model, offline",
     "align": "map a value network's vocabulary to another target's",
+    "pair": "make a value network of two models, without training",
     "check": "check a value network's folder without loading it",
     "publish": "put a value network into a store, at once and whole",
     "networks": "see, load and unload the value networks of a running server",
@@ -129,6 +136,35 @@ def align(arguments: list[str]) -> int:
     return command.main(parser.parse_args(arguments))
 
 
+def pair(arguments: list[str]) -> int:
+    """`trimtab pair`: make a contrast network. Returns the exit code."""
+    from value_models import pair as pairing
+    from value_models.store import NetworkError
+
+    parser = argparse.ArgumentParser(
+        prog="trimtab pair",
+        description=pairing.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pairing.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        network = pairing.pair(
+            options.expert,
+            options.antiexpert,
+            options.out,
+            scale=options.scale,
+            description=options.description,
+            link=options.link,
+        )
+    except NetworkError as error:
+        print(error, file=sys.stderr)
+        return 2
+    _print_facts(network)
+    print(f"Serve it: trimtab serve TARGET --value-network {network.name}={options.out}")
+    return 0
+
+
 def check(arguments: list[str]) -> int:
     """`trimtab check`: say what is in a network's folder, or what is wrong with it."""
     parser = argparse.ArgumentParser(prog="trimtab check", description=COMMANDS["check"])
@@ -150,24 +186,34 @@ def check(arguments: list[str]) -> int:
     except (NetworkError, VocabularyError) as error:
         print(error, file=sys.stderr)
         return 2
-    own = network.manifest.tokenizer_fingerprint
-    facts = {
-        "kind": network.manifest.kind,
-        "reads": f"{network.max_context:,} tokens",
-        "parameters": f"{network.num_parameters:,}",
-        "weights": f"{network.num_bytes:,} bytes",
-        "KV cache": f"{network.kv_bytes_per_token:,} bytes per token (16-bit)",
-        "fits": f"targets of its own tokenizer, {own[:23]}",
-    }
-    print(f"{network.name}@{network.version}: sound")
-    for name, fact in facts.items():
-        print(f"  {name:<11}{fact}")
-    for fingerprint in network.vocabulary_maps:
-        print(f"  {'':<11}targets of {fingerprint[:23]}, through a map")
+    _print_facts(network)
     if options.target:
-        through = "its own tokenizer" if target == own else "a vocabulary map"
+        own = target == network.manifest.tokenizer_fingerprint
+        through = "its own tokenizer" if own else "a vocabulary map"
         print(f"  {'target':<11}{options.target} fits, through {through}")
     return 0
+
+
+def _print_facts(network: "NetworkFolder") -> None:
+    """Say what is in a sound network's folder."""
+    facts = [
+        ("kind", network.manifest.kind),
+        ("reads", f"{network.max_context:,} tokens"),
+        ("parameters", f"{network.num_parameters:,}"),
+    ]
+    if len(network.models) > 1:
+        facts += [("", f"{model.num_parameters:,} {model.role}") for model in network.models]
+    dynamic = "yes, it knows its base" if network.knows_base else "no, it does not know its base"
+    facts += [
+        ("weights", f"{network.num_bytes:,} bytes"),
+        ("KV cache", f"{network.kv_bytes_per_token:,} bytes per token (16-bit)"),
+        ("dynamic", dynamic),
+        ("fits", f"targets of its own tokenizer, {network.manifest.tokenizer_fingerprint[:23]}"),
+    ]
+    facts += [("", f"targets of {other[:23]}, through a map") for other in network.vocabulary_maps]
+    print(f"{network.name}@{network.version}: sound")
+    for name, fact in facts:
+        print(f"  {name:<11}{fact}")
 
 
 def publish(arguments: list[str]) -> int:

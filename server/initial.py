@@ -23,6 +23,7 @@ from value_models.store import NetworkError, NetworkFolder, Store, check_fits, c
 BLOCK_TOKENS = 32
 TOKENS_PER_TARGET_TOKEN = 4
 """As in `server.worker`, which is not imported here: it brings vLLM's models."""
+KVShape = tuple[int, int, int]
 OTHER_FILES_BYTES = 1 << 30
 """More than a network's tokenizer and maps may have."""
 
@@ -73,12 +74,13 @@ class Memory:
         self._ranks = ranks
         self._longest = longest
         self._weights = 0
-        self._pools: dict[tuple[int, int, int], int] = {}
+        self._pools: dict[KVShape, int] = {}
 
     def check(self, network: NetworkFolder, mapped: bool) -> None:
         """Raise `NoRoom` if the network does not fit beside those that were added."""
         needed = self._weights_of(network)
-        needed += max(0, self._pool_of(network, mapped) - self._pools.get(network.kv_shape, 0))
+        for shape, pool in self._pools_of(network, mapped).items():
+            needed += max(0, pool - self._pools.get(shape, 0))
         free = self.total - self._weights - sum(self._pools.values())
         if needed > free:
             raise NoRoom(
@@ -89,22 +91,26 @@ class Memory:
 
     def add(self, network: NetworkFolder, mapped: bool) -> None:
         """Count a network as loaded."""
-        pool = self._pool_of(network, mapped)
-        self._pools[network.kv_shape] = max(pool, self._pools.get(network.kv_shape, 0))
+        for shape, pool in self._pools_of(network, mapped).items():
+            self._pools[shape] = max(pool, self._pools.get(shape, 0))
         self._weights += self._weights_of(network)
 
     def _weights_of(self, network: NetworkFolder) -> int:
         return network.num_parameters * self._itemsize // self._ranks
 
-    def _pool_of(self, network: NetworkFolder, mapped: bool) -> int:
-        """Bytes of KV cache for one full context: a pool, shared by networks of one shape, holds
-        at least that."""
+    def _pools_of(self, network: NetworkFolder, mapped: bool) -> dict[KVShape, int]:
+        """Bytes of KV cache for one full context: a pool, shared by models of one shape, holds at
+        least that."""
         if self._longest is None:
-            return 0
-        layers, heads, head_size = network.kv_shape
+            return {}
         limit = self._longest * (TOKENS_PER_TARGET_TOKEN if mapped else 1)
         tokens = (-(-min(network.max_context, limit) // BLOCK_TOKENS) + 1) * BLOCK_TOKENS
-        return tokens * layers * max(1, heads // self._ranks) * head_size * 2 * self._itemsize
+        pools = {}
+        for model in network.models:
+            layers, heads, head_size = model.kv_shape
+            per_token = layers * max(1, heads // self._ranks) * head_size * 2 * self._itemsize
+            pools[model.kv_shape] = tokens * per_token
+        return pools
 
 
 def plan(args: Namespace, taken: Mapping[str, str], notes: list[str]) -> Plan:

@@ -23,9 +23,10 @@ from server import run_directory
 from server.initial import LaunchError, Memory, copy_networks, plan
 from server.lifecycle.staging import is_mapped
 from server.settings import Settings, instance_id, key_digest
+from server.token_bytes import TokenBytes
 from value_models.manifest import tokenizer_fingerprint
 from value_models.store import NetworkError, NetworkFolder
-from value_models.vocabulary.tokens import VocabularyError, load_tokenizer
+from value_models.vocabulary.tokens import Vocabulary, VocabularyError, load_tokenizer
 
 MODULE = "server.launch"
 REPORT_FD = "TRIMTAB_REPORT_FD"
@@ -33,6 +34,8 @@ SHUTDOWN_SECONDS = 30
 CPU_KV_CACHE_GB = 2
 EXAMPLE = "Hello!"
 ADMIN_KEY_VARIABLE = "TRIMTAB_ADMIN_API_KEY"
+FLAGS = {"max_body_bytes": "--max-body-mb", "max_networks": "--max-networks-per-request"}
+"""Those that are not called as the setting that they decide."""
 
 
 class Refused(BaseModel):
@@ -85,6 +88,13 @@ def add_options(parser: ArgumentParser) -> None:
         metavar="GB",
         help="memory for the weights and KV cache of all value networks, in GiB per worker "
         "(default: %(default)g)",
+    )
+    group.add_argument(
+        "--max-networks-per-request",
+        type=int,
+        default=Settings.model_fields["max_networks"].default,
+        metavar="N",
+        help="value networks that one request may combine, 1 to 8 (default: %(default)d)",
     )
     group.add_argument(
         "--no-load-on-demand",
@@ -195,6 +205,7 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         store=planned.store and planned.store.directory,
         value_memory_gb=args.value_memory_gb,
+        max_networks=args.max_networks_per_request,
         max_body_bytes=int(args.max_body_mb * 2**20),
         evict_idle=args.evict_idle,
         load_on_demand=not args.no_load_on_demand,
@@ -206,6 +217,7 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
     run_dir = _make_run_directory(settings)
     settings = settings.model_copy(update={"run_dir": run_dir})
     try:
+        token_bytes = _write_token_bytes(run_dir, tokenizer)
         chosen = copy_networks(planned, settings, taken, _memory(args, settings), notes)
     except BaseException:
         run_directory.remove(run_dir)
@@ -215,6 +227,7 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
             "networks": {name: network.path for name, network in chosen.networks.items()},
             "sources": chosen.sources,
             "unloadable": chosen.unloadable,
+            "token_bytes": token_bytes,
         }
     )
     settings.export()
@@ -330,8 +343,9 @@ def _settings(**fields: Any) -> Settings:
         return Settings(**fields)
     except ValidationError as error:
         fault = error.errors()[0]
-        flag = str(fault["loc"][0]).replace("_", "-").replace("max-body-bytes", "max-body-mb")
-        raise LaunchError(f"--{flag} {fault['input']}: {fault['msg']}") from None
+        field = str(fault["loc"][0])
+        flag = FLAGS.get(field, f"--{field.replace('_', '-')}")
+        raise LaunchError(f"{flag} {fault['input']}: {fault['msg']}") from None
 
 
 def _take_keys(args: Namespace) -> dict[str, Any]:
@@ -360,6 +374,20 @@ def _make_run_directory(settings: Settings) -> Path:
         return run_directory.create(instance_id(settings.key), num_bytes)
     except OSError as error:
         raise LaunchError(f"no directory for the server's own files can be made: {error}") from None
+
+
+def _write_token_bytes(run_dir: Path, tokenizer: Any) -> Path | None:
+    """Write down what the target's tokens spell; None if it cannot be told."""
+    try:
+        tokens = Vocabulary.of(tokenizer).tokens
+    except VocabularyError:
+        return None
+    file = run_dir / run_directory.TOKEN_BYTES
+    try:
+        TokenBytes.write(file, tokens)
+    except OSError as error:
+        raise LaunchError(f"{file} cannot be written: {error}") from None
+    return file
 
 
 def _memory(args: Namespace, settings: Settings) -> Memory:
@@ -428,9 +456,10 @@ def _describe(
 
 
 def _line(network: NetworkFolder, target_fingerprint: str) -> str:
+    models = "" if len(network.models) == 1 else f" in {len(network.models)} models"
     return (
         f"{network.name}@{network.version}, {network.manifest.kind}, "
-        f"{network.num_parameters:,} parameters"
+        f"{network.num_parameters:,} parameters{models}"
         f"{', through a vocabulary map' if is_mapped(network, target_fingerprint) else ''}"
     )
 

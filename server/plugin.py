@@ -7,26 +7,32 @@
 | `vllm.endpoint_plugins` | `ValueGuidanceEndpoints`: OpenAI's endpoints that know value networks |
 | `SamplingParams.extra_args` | `server.choice.EXTRA_ARG`: a request's choice, sealed |
 
-Reads vLLM 0.32's `AsyncLLM`, `OpenAIServingModels` and `OpenAIServingResponses`.
+Reads vLLM 0.32's `AsyncLLM`, `OpenAIServingModels`, `OpenAIServingResponses` and
+`ReasoningConfig`.
 """
 
 import logging
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Sized
+from collections.abc import Callable, Sized
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GenerationError, VLLMClientError
+from vllm.reasoning import ReasoningParserManager
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
 from server.api.admin import AdminGate, attach_admin
 from server.api.errors import ApiError, respond
+from server.api.explanation import Spelling
 from server.api.generation import CURRENT, GenerationDoor
 from server.api.metrics import extend_metrics
 from server.api.middleware import RequestGate, Traffic
+from server.api.reasoning import Reasoning
 from server.api.robustness import Unbreakable
 from server.api.routes import GUIDED_PATHS, Service, take_over
 from server.api.vocabularies import Vocabularies
@@ -35,6 +41,7 @@ from server.lifecycle.catalog import Catalog
 from server.lifecycle.leases import Leases
 from server.lifecycle.lifecycle import Lifecycle
 from server.lifecycle.staging import Stager
+from server.run_directory import EXPLAIN
 from server.settings import Settings, cut_off_marker
 
 LOGITS_PROCESSOR = "server.worker.processor:ValueGuidance"
@@ -89,6 +96,7 @@ class ValueGuidanceEndpoints:
         catalog, leases = Catalog(call_workers), Leases(self._settings.run_dir)
         stager = Stager(self._settings)
         stager.start()
+        reasoning = _reasoning(engine_client)
         names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         lifecycle = Lifecycle(self._settings, catalog, leases, stager, _reserved_names(state))
         await lifecycle.start()
@@ -100,6 +108,7 @@ class ValueGuidanceEndpoints:
             self._settings.key,
             engine_client.model_config.max_model_len,
             GenerationError,
+            reasoning,
         )
         engine_client.generate = door.generate
         self._drain_before_shutdown(engine_client, state)
@@ -114,6 +123,9 @@ class ValueGuidanceEndpoints:
             target=names[0],
             target_names=names,
             failure_token_id=_failure_token(engine_client),
+            explanations=self._settings.run_dir / EXPLAIN,
+            spelling=Spelling(_decode(engine_client.get_tokenizer())),
+            reasoning=reasoning,
         )
 
     def _drain_before_shutdown(self, engine_client: Any, state: State) -> None:
@@ -199,6 +211,28 @@ def _failure_token(engine_client: EngineClient) -> int:
     tokenizer = engine_client.get_tokenizer()
     stop_token_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}
     return choose_failure_token(tokenizer, model_config.get_vocab_size(), stop_token_ids)
+
+
+def _reasoning(engine_client: EngineClient) -> Reasoning | None:
+    """How the target's reasoning ends, if the server was started with a parser for it."""
+    config = engine_client.vllm_config.reasoning_config
+    if config is None or not (config.reasoning_parser and config.natural_reasoning_end_token_ids):
+        return None
+    parser = ReasoningParserManager.get_reasoning_parser(config.reasoning_parser)
+    tokenizer = engine_client.get_tokenizer()
+    return Reasoning(config.natural_reasoning_end_token_ids, partial(parser, tokenizer))
+
+
+def _decode(tokenizer: Any) -> Callable[[int], str]:
+    """Spells single tokens as vLLM does in log-probabilities."""
+
+    def decode(token_id: int) -> str:
+        if tokenizer.convert_ids_to_tokens([token_id]) == [None]:
+            return ""  # a row of a padded vocabulary
+        (token,) = convert_ids_list_to_tokens(tokenizer, [token_id])
+        return str(token)
+
+    return decode
 
 
 def _show_log() -> None:

@@ -4,6 +4,8 @@
 | --- | --- |
 | `alive` | locked by the launched process for its life |
 | `networks/` | snapshots of value networks: `<name>@<version>-<hex>` |
+| `token-bytes` | what the target's tokens spell: `server.token_bytes` |
+| `explain/` | what guidance did to running requests that asked, a file each |
 | `epoch`, `lock`, `building`, `process-*` | how API processes agree: `server.lifecycle.leases` |
 
 It lies in memory where there is room, so that a decoding step never waits for a disk. The parent of
@@ -20,6 +22,8 @@ from pathlib import Path
 
 ALIVE = "alive"
 NETWORKS = "networks"
+TOKEN_BYTES = "token-bytes"
+EXPLAIN = "explain"
 NAME = re.compile(r"trimtab-[0-9a-f]{16}")
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -52,7 +56,8 @@ def create(instance: str, num_bytes: int) -> Path:
             break
         os.close(lock)
     _locks[directory] = lock
-    (directory / NETWORKS).mkdir(mode=0o700)
+    for name in (NETWORKS, EXPLAIN):
+        (directory / name).mkdir(mode=0o700)
     return directory
 
 

@@ -42,7 +42,16 @@ class Settings(BaseModel):
         description="GiB in each worker for the weights and KV cache of all value networks",
     )
     prefix_caching: bool = Field(default=True, description="share KV blocks of equal prefixes")
-    max_networks: int = Field(default=1, ge=1, description="value networks that a request may name")
+    max_networks: int = Field(
+        default=4,
+        ge=1,
+        le=8,  # dynamic fusion tries all corners of the weights' bounds: two to the power of this
+        description="value networks that a request may name",
+    )
+    token_bytes: Path | None = Field(
+        default=None,
+        description="what the target's tokens spell, see server.token_bytes; None: not known",
+    )
     max_body_bytes: int = Field(default=8 << 20, gt=0, description="largest request body")
     evict_idle: bool = Field(
         default=False, description="whether a load may make room by unloading idle networks"

@@ -8,6 +8,7 @@ so that two correct implementations agree token for token.
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import (
@@ -161,6 +162,7 @@ def make_model(
     dtype: str = "float32",
     logit_std: float = 3.0,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    with_tokenizer: bool = True,
 ) -> Path:
     """Write a random checkpoint (safetensors, config, tokenizer) to `path` and return it.
 
@@ -170,6 +172,7 @@ def make_model(
         vocab_size: rows of the embedding (default: the tokenizer's size); those beyond the
             tokenizer are padding, whose logits are 0.
         logit_std: standard deviation of a row's logits over the tokenizer's vocabulary.
+        with_tokenizer: write the tokenizer too.
     """
     path = Path(path)
     tokenizer = tokenizer or make_tokenizer()
@@ -194,7 +197,8 @@ def make_model(
     model.tie_weights()
     _randomise(model, len(tokenizer), logit_std, torch.Generator().manual_seed(seed))
     model.to(getattr(torch, dtype)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    if with_tokenizer:
+        tokenizer.save_pretrained(path)
     return path
 
 
@@ -204,40 +208,79 @@ def make_network(
     kind: str = "residual",
     default_scale: float = 1.0,
     base: str | None = None,
-    **model: object,
+    reference: dict[str, Any] | None = None,
+    **model: Any,
 ) -> Path:
-    """Write a random value network to `path`: `make_model` and its manifest."""
-    from value_models.manifest import MANIFEST_FILE, tokenizer_fingerprint
+    """Write a random value network to `path`: `make_model` and its manifest.
 
-    tokenizer = model.get("tokenizer") or make_tokenizer()
+    Args:
+        reference: give it a reference, which differs from `model` in this: `{"seed": 1}`.
+    """
     path = make_model(path, **model)
-    manifest = {
-        "format_version": 1,
-        "kind": kind,
-        "default_scale": default_scale,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "base": base,
-        "description": "random weights, made for a test",
-        "training": {},
-    }
-    (path / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
+    more = {}
+    if reference is not None:
+        make_model(path / "reference", **{**model, **reference}, with_tokenizer=False)
+        more = {"reference": True}
+    _write_manifest(path, model, kind=kind, default_scale=default_scale, base=base, **more)
+    return path
+
+
+def make_contrast(
+    path: str | Path,
+    *,
+    default_scale: float = 1.0,
+    base: str | None = None,
+    antiexpert: dict[str, Any] | None = None,
+    seed: int = 0,
+    **model: Any,
+) -> Path:
+    """Write a random contrast network to `path`: two of `make_model`, of different seeds.
+
+    Args:
+        antiexpert: what it differs from the expert in besides: `{"vocab_size": 544}`.
+    """
+    path = Path(path)
+    make_model(path / "expert", **model, seed=seed, with_tokenizer=False)
+    other = {**model, "seed": seed + 1000, **(antiexpert or {})}
+    make_model(path / "antiexpert", **other, with_tokenizer=False)
+    (model.get("tokenizer") or make_tokenizer()).save_pretrained(path)
+    _write_manifest(path, model, kind="contrast", default_scale=default_scale, base=base)
     return path
 
 
 def make_mapped_network(
-    path: str | Path, target: PreTrainedTokenizerFast, **network: object
+    path: str | Path,
+    target: PreTrainedTokenizerFast,
+    *,
+    kind: str = "residual",
+    **network: Any,
 ) -> Path:
     """Write a random value network to `path` that steers targets of the tokenizer `target`.
 
-    Takes what `make_network` does; its `tokenizer` is another one than the target's.
+    Takes what `make_network` does, or for the kind "contrast" what `make_contrast` does; its
+    `tokenizer` is another one than the target's.
     """
     from value_models.vocabulary.align import align_vocabularies
     from value_models.vocabulary.tokens import Vocabulary
 
-    path = make_network(path, **network)
+    make = make_contrast if kind == "contrast" else functools.partial(make_network, kind=kind)
+    path = make(path, **network)
     own = Vocabulary.of(network.get("tokenizer") or make_tokenizer())
     align_vocabularies(own, Vocabulary.of(target), TEXT.splitlines()).save(path)
     return path
+
+
+def _write_manifest(path: Path, model: dict[str, Any], **fields: Any) -> None:
+    from value_models.manifest import MANIFEST_FILE, tokenizer_fingerprint
+
+    manifest = {
+        "format_version": 1,
+        "tokenizer_fingerprint": tokenizer_fingerprint(model.get("tokenizer") or make_tokenizer()),
+        "description": "random weights, made for a test",
+        "training": {},
+        **fields,
+    }
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ arXiv 2410.21027, section 3); the scale is the strength with which a request wan
 """
 
 import torch
+from torch.nn.functional import pad
 
 EXCLUDED = float("-inf")
 
@@ -49,3 +50,63 @@ def add_value_logits(
     else:
         logits[:, :covered].index_add_(0, rows, scaled)
         logits[:, covered:].index_fill_(0, rows, EXCLUDED)
+
+
+def map_value_logits(
+    value: torch.Tensor, vocab_size: int, columns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the value logits by the target's ids, and the ids that the network has none for.
+
+    Args:
+        value: finite `[num_rows, network_vocab_size]`, any float dtype.
+        vocab_size: number of the target's logits.
+        columns: as for `add_value_logits`.
+
+    Returns:
+        float32 `[num_rows, vocab_size]`, 0 where the network has no logit; and bool `[vocab_size]`,
+        or `[num_rows, vocab_size]` if the columns differ from row to row, True on ids without one.
+        None instead: the network has a logit for every id.
+    """
+    if columns is None:
+        if value.shape[1] >= vocab_size:
+            return value[:, :vocab_size].float(), None
+        columns = torch.arange(value.shape[1], device=value.device)
+        mapped = value.float()
+    else:
+        columns = columns[..., :vocab_size]
+        known = columns.clamp(min=0)
+        mapped = value[:, known] if columns.dim() == 1 else value.gather(1, known)
+        mapped = mapped.float().masked_fill(columns < 0, 0.0)
+    padding = (0, vocab_size - columns.shape[-1])
+    return pad(mapped, padding), pad(columns < 0, padding, value=True)
+
+
+def keep_target_in_charge(
+    guided: torch.Tensor, target: torch.Tensor, floor: torch.Tensor
+) -> torch.Tensor:
+    """Forbid guidance to raise tokens that the target finds near impossible.
+
+    A token is *capped* where the target's probability is below the floor; of the tokens that are
+    left to choose from, the target's most likely one never is. Capped tokens end with at most the
+    probability that the target gives them, `softmax(result) <= softmax(target)`, and what that
+    takes from them goes to the tokens that are not capped, in proportion. This is the gentle
+    relative of contrastive decoding's plausibility constraint (Li et al., ACL 2023,
+    arXiv 2210.15097), which removes such tokens even where the target would sample them.
+
+    Args:
+        guided: `[num_rows, vocab_size]`, finite or -inf.
+        target: `[num_rows, vocab_size]`, the logits before guidance.
+        floor: probability `[num_rows, 1]`; 0: the row is returned as it is.
+
+    Returns:
+        `[num_rows, vocab_size]`: `guided`, with lower logits for capped tokens that it had raised.
+    """
+    before, after = target.log_softmax(-1), guided.log_softmax(-1)
+    mode = before.masked_fill(guided.isneginf(), EXCLUDED).argmax(-1, keepdim=True)
+    capped = (before < floor.log()).scatter_(1, mode, False)
+    # What capped tokens leave to the others, as a sum of positive terms: 1 - sum(min(p, q)) would
+    # lose its digits where the target's most likely token is itself improbable.
+    left = before.exp() - torch.minimum(before, after).exp().masked_fill_(~capped, 0.0)
+    others = guided.masked_fill(capped, EXCLUDED).logsumexp(-1, keepdim=True)
+    shift = others - left.sum(-1, keepdim=True).log()
+    return torch.where(capped, torch.minimum(before, after) + shift, guided)

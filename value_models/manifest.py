@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal, Protocol
+import operator
+from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MANIFEST_FILE = "value_network.json"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -22,6 +23,8 @@ class Manifest(BaseModel):
 
     format_version: Literal[1]
     kind: Literal["residual", "cascade", "cascade+", "contrast"]
+    reference: Annotated[bool, Field(exclude_if=operator.not_)] = False
+    """Whether the folder holds the base of a residual network too, as `reference/`."""
     default_scale: Scale = 1.0
     """The factor on the network's logits where a request names none."""
     tokenizer_fingerprint: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -33,6 +36,12 @@ class Manifest(BaseModel):
     """A request that shows what the network is for; `trimtab serve` suggests it."""
     training: dict[str, Any] = Field(default_factory=dict)
     """How it was trained: data fingerprint, settings, versions."""
+
+    @model_validator(mode="after")
+    def _only_residual_has_reference(self) -> Self:
+        if self.reference and self.kind != "residual":
+            raise ValueError(f"only kind 'residual' has a reference, not {self.kind!r}")
+        return self
 
 
 class Vocabulary(Protocol):

@@ -16,7 +16,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace as altered
 from pathlib import Path
 from secrets import token_hex
 
@@ -74,7 +73,7 @@ def publish(
             sync_directory(directory)
         finally:
             _delete(scratch)
-    return altered(network, path=entry)
+    return network.moved(entry)
 
 
 def remove(store: str | Path, name: str) -> None:

@@ -12,17 +12,17 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 from typing import NamedTuple
 
+from value_models.checkpoint import Problem
 from value_models.store import (
     MAP_FOLDER,
+    MODEL_FOLDERS,
     DirectoryError,
     NetworkError,
     NetworkFolder,
-    Problem,
     check_name,
     check_network,
     files_that_count,
@@ -78,7 +78,7 @@ def snapshot(folder: Path, name: str, into: Path, max_bytes: int) -> NetworkFold
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return replace(checked, path=path)
+    return checked.moved(path)
 
 
 def check_copy(copy: Path, name: str, folder: Path) -> NetworkFolder:
@@ -151,7 +151,7 @@ def _copy(opened: int, copy: Path, max_bytes: int | None, durable: bool) -> None
             _copy_file(opened, file, target, durable)
     if _listing(root) != before:
         raise _Changed
-    for directory in (copy / MAP_FOLDER, copy):
+    for directory in (*(copy / name for name in (MAP_FOLDER, *MODEL_FOLDERS)), copy):
         if directory.is_dir():
             with _writing(copy):
                 modified = (root / directory.relative_to(copy)).stat().st_mtime_ns

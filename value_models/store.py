@@ -7,9 +7,7 @@ checked safely.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import math
 import os
 import re
@@ -18,51 +16,35 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
+from value_models.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    Problem,
+    read_checkpoint,
+    read_json_object,
+    refuse_unsafe_configuration,
+)
 from value_models.manifest import MANIFEST_FILE, NAME_PATTERN, Manifest, tokenizer_fingerprint
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tekken.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-VOCABULARY_FILES = ("tekken.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 MAP_FOLDER = "vocabulary_maps"
-CONFIG_KEYS = (
-    "vocab_size",
-    "max_position_embeddings",
-    "num_hidden_layers",
-    "hidden_size",
-    "word_embed_proj_dim",  # OPT's embedding may be narrower than its layers
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+JSON_FILES = (MANIFEST_FILE, CONFIG_FILE, INDEX_FILE, "tokenizer_config.json")
 LARGEST_JSON = 32 << 20
 LARGEST_TOKENIZER = 256 << 20
 """Bytes; the largest vocabularies known have files of a tenth of that."""
-LARGEST_NUMBER = 1_000_000
-"""transformers makes lists as long as some numbers of a configuration say."""
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.weight$")
-KEYS = re.compile(r"\.self_attn\.k_proj\.weight$")
-LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d{1,6})\.")
-SHARD = re.compile(r"-\d+-of-0*([2-9]|[1-9]\d+)\.safetensors$")
-SERVABLE_KINDS = ("residual",)
+SERVABLE_KINDS = ("residual", "contrast")
+
+Role = Literal["value", "expert", "antiexpert", "reference"]
+"""What a model is for in its network: its logits are the value logits; the two of a contrast
+network, whose difference is; the base that a residual network was trained against."""
+MODEL_FOLDERS: tuple[Role, ...] = tuple(role for role in get_args(Role) if role != "value")
+"""Names of the sub-folders that hold a model, each named for the model's role."""
 
 
 class NetworkError(ValueError):
@@ -75,10 +57,6 @@ class NoSuchNetwork(NetworkError):
 
 class DirectoryError(NetworkError):
     """Not a network is at fault, but the directory that holds them: it is not there, full, ..."""
-
-
-class Problem(Exception):
-    """What is wrong with a folder, before the folder's name is put in front; see `naming`."""
 
 
 class Missing(Problem):
@@ -96,11 +74,43 @@ def naming(name: str, path: str | Path) -> Iterator[None]:
     except Problem as problem:
         raise NetworkError(f"{subject}: {problem}") from problem.__cause__
     except OSError as error:
-        file = os.path.basename(os.fsdecode(error.filename or "")) or "a file"
+        file = _shown(os.fsdecode(error.filename or ""), path) or "a file"
         raise NetworkError(
             f"{subject}: {file} cannot be read ({error.strerror or error}); check that it exists "
             "and its permissions"
         ) from error
+
+
+def _shown(file: str, folder: str | Path) -> str:
+    """How a file is called in a message about a folder."""
+    inside = os.path.relpath(file, os.path.realpath(folder)) if file else ""
+    return os.path.basename(file) if inside.startswith("..") else inside
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """One model of a network on disk, which passed every check."""
+
+    role: Role
+    path: Path
+    """The network's folder for "value", else its sub-folder that is named for the role."""
+    vocab_size: int
+    """Number of logits, which may be padded beyond the tokenizer's tokens."""
+    max_context: int
+    """The longest sequence in tokens, from `max_position_embeddings`."""
+    num_parameters: int
+    """Numbers stored in the checkpoint: tied embeddings count once."""
+    num_bytes: int
+    """Size of the weight files."""
+    kv_shape: tuple[int, int, int]
+    """Layers, KV heads and head size: what its KV cache looks like; zeros for a model without
+    attention."""
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers, 2 bytes a number (float16, bfloat16)."""
+        keys_and_values, bytes_per_number = 2, 2
+        return keys_and_values * bytes_per_number * math.prod(self.kv_shape)
 
 
 @dataclass(frozen=True)
@@ -113,29 +123,49 @@ class NetworkFolder:
     version: str
     """8 lowercase hex digits over the names and contents of the files that count; empty if they
     were not read."""
-    vocab_size: int
-    """Number of logits, which may be padded beyond the tokenizer's tokens."""
-    max_context: int
-    """The longest sequence in tokens, from `max_position_embeddings`."""
-    num_parameters: int
-    """Numbers stored in the checkpoint: tied embeddings count once."""
-    num_bytes: int
-    """Size of the weight files."""
-    kv_shape: tuple[int, int, int]
-    """Layers, KV heads and head size: what its KV cache looks like; zeros for a network without
-    attention."""
+    models: tuple[ModelFolder, ...]
+    """By role: value; value and reference; or expert and antiexpert."""
     vocabulary_maps: tuple[str, ...]
     """Sorted fingerprints of the other tokenizers whose targets it can steer through a map."""
 
     @property
+    def vocab_size(self) -> int:
+        """Number of value logits: ids that both models of a contrast network have."""
+        return min(model.vocab_size for model in self.models if model.role != "reference")
+
+    @property
+    def max_context(self) -> int:
+        """The longest sequence in tokens that all of its models can read."""
+        return min(model.max_context for model in self.models)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers stored in the checkpoints of all its models."""
+        return sum(model.num_parameters for model in self.models)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all weight files."""
+        return sum(model.num_bytes for model in self.models)
+
+    @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token in all layers, 2 bytes a number (float16, bfloat16)."""
-        keys_and_values, bytes_per_number = 2, 2
-        return keys_and_values * bytes_per_number * math.prod(self.kv_shape)
+        """Keys and values of one token in all models, 2 bytes a number (float16, bfloat16)."""
+        return sum(model.kv_bytes_per_token for model in self.models)
+
+    @property
+    def knows_base(self) -> bool:
+        """Whether it can say how far it moves a base, which dynamic fusion needs."""
+        return self.manifest.kind == "contrast" or self.manifest.reference
 
     def at_version(self, version: str) -> NetworkFolder:
         """Return it with the version that an earlier check has found."""
         return replace(self, version=version)
+
+    def moved(self, path: Path) -> NetworkFolder:
+        """Return it as it is when its folder has been renamed."""
+        models = (replace(model, path=model_path(path, model.role)) for model in self.models)
+        return replace(self, path=path, models=tuple(models))
 
     def named(self, name: str) -> NetworkFolder:
         """Return it under the name that clients will use."""
@@ -156,7 +186,7 @@ def check_network(
         NetworkError: a bad name, no folder, no manifest or a bad one, an unreadable or
             remote-code config, one that the weights belie, another tokenizer than the manifest
             names, pickled weights, missing, truncated or corrupt safetensors or vocabulary maps,
-            links. `NoSuchNetwork`: no folder, or no manifest.
+            links, a model too many or too few. `NoSuchNetwork`: no folder, or no manifest.
     """
     folder = Path(os.path.realpath(path))
     name = check_name(folder.name if name is None else name)
@@ -171,7 +201,7 @@ def check_tokenizer(network: NetworkFolder) -> None:
     """Check that the tokenizer in the folder, if it has one, is the one that the manifest names.
 
     Raises:
-        NetworkError: it is not, or it cannot be loaded.
+        NetworkError: it is not, it cannot be loaded, or one of several models lacks logits for it.
     """
     if not any((network.path / file).is_file() for file in VOCABULARY_FILES):
         return
@@ -182,9 +212,10 @@ def check_tokenizer(network: NetworkFolder) -> None:
 
     with naming(network.name, network.path):
         try:
-            found = tokenizer_fingerprint(load_tokenizer(network.path))
+            tokenizer = load_tokenizer(network.path)
         except VocabularyError as error:
             raise Problem(str(error)) from error
+        found = tokenizer_fingerprint(tokenizer)
         named = network.manifest.tokenizer_fingerprint
         file = network.path / "tokenizer.json"
         if found != named and file.is_file():
@@ -195,6 +226,8 @@ def check_tokenizer(network: NetworkFolder) -> None:
                 f"{MANIFEST_FILE} names the tokenizer {named[:15]}..., but the one in the folder "
                 f"is {found[:15]}...; put back the tokenizer that the network was trained with"
             )
+        if len(network.models) > 1:
+            _refuse_small_vocabularies(network.models, max(tokenizer.get_vocab().values()))
 
 
 def check_name(name: str) -> str:
@@ -311,14 +344,21 @@ class Store:
                     raise
 
 
+def model_path(folder: Path, role: Role) -> Path:
+    """Return where a network's folder holds the model of this role."""
+    return folder if role == "value" else folder / role
+
+
 def files_that_count(folder: Path) -> list[str]:
     """Sorted names, relative to the folder, of the files that a server may read."""
-    fixed = (MANIFEST_FILE, CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES)
-    tensors = [*folder.glob("*.safetensors"), *folder.glob(f"{MAP_FOLDER}/*.safetensors")]
-    return sorted(
-        {name for name in fixed if (folder / name).is_file()}
-        | {file.relative_to(folder).as_posix() for file in tensors}
-    )
+    fixed = {folder / name for name in (MANIFEST_FILE, *TOKENIZER_FILES)}
+    tensors = set(folder.glob(f"{MAP_FOLDER}/*.safetensors"))
+    for role in get_args(Role):
+        model = model_path(folder, role)
+        fixed |= {model / CONFIG_FILE, model / INDEX_FILE}
+        tensors |= set(model.glob("*.safetensors"))
+    counting = {file for file in fixed if file.is_file()} | tensors
+    return sorted(file.relative_to(folder).as_posix() for file in counting)
 
 
 def refuse_unsafe_files(folder: Path) -> None:
@@ -359,31 +399,97 @@ def _inspect(folder: Path, name: str, with_version: bool) -> NetworkFolder:
     refuse_unsafe_files(folder)
     _refuse_huge_files(folder)
     manifest = _read_manifest(folder)
-    config = _read_config(folder)
-    weights = _weight_files(folder)
-    shapes = [_tensor_shapes(file) for file in weights]
-    _refuse_lies(config, {name: shape for part in shapes for name, shape in part.items()})
-    vocab_size = _config_size(config, "vocab_size")
-    maps = _read_maps(folder, manifest, vocab_size)
-    return NetworkFolder(
-        name=name,
-        path=folder,
-        manifest=manifest,
-        num_parameters=sum(math.prod(shape) for part in shapes for shape in part.values()),
-        num_bytes=sum(file.stat().st_size for file in weights),
-        kv_shape=_kv_shape(config),
+    _refuse_misplaced_models(folder, manifest)
+    refuse_unsafe_configuration(folder)  # of the tokenizer, where no model lies beside it
+    models: list[ModelFolder] = []
+    weights: list[Path] = []
+    for role in _roles(manifest):
+        model = model_path(folder, role)
+        with _about(role):
+            found = read_checkpoint(model)
+        models.append(
+            ModelFolder(
+                role=role,
+                path=model,
+                vocab_size=found.vocab_size,
+                max_context=found.max_context,
+                num_parameters=found.num_parameters,
+                num_bytes=found.num_bytes,
+                kv_shape=found.kv_shape,
+            )
+        )
+        weights += found.weights
+    network = NetworkFolder(name, folder, manifest, "", tuple(models), ())
+    maps = _read_maps(folder, manifest, network.vocab_size)
+    return replace(
+        network,
+        version=_content_version(network, [*weights, *maps.values()]) if with_version else "",
         vocabulary_maps=tuple(sorted(maps)),
-        version=_content_version(folder, [*weights, *maps.values()]) if with_version else "",
-        vocab_size=vocab_size,
-        max_context=_config_size(config, "max_position_embeddings"),
     )
+
+
+def _roles(manifest: Manifest) -> tuple[Role, ...]:
+    if manifest.kind == "contrast":
+        return "expert", "antiexpert"
+    return ("value", "reference") if manifest.reference else ("value",)
+
+
+@contextmanager
+def _about(role: Role) -> Iterator[None]:
+    """Have a `Problem` say in which of a network's models it is."""
+    try:
+        yield
+    except Problem as problem:
+        if role == "value":
+            raise
+        raise Problem(f"{role}/: {problem}") from problem.__cause__
+
+
+def _refuse_misplaced_models(folder: Path, manifest: Manifest) -> None:
+    """Raise `Problem` for a model that is missing, or that a network of this kind does not have."""
+    roles = _roles(manifest)
+    for role in MODEL_FOLDERS:
+        there = (folder / role).is_dir()
+        if role in roles and not there:
+            raise Problem(
+                f"no folder {role}/, which a network of kind {manifest.kind!r} "
+                f"{'with a reference ' if manifest.reference else ''}has; copy it again, or make "
+                f"it with `trimtab {'pair' if manifest.kind == 'contrast' else 'train'}`"
+            )
+        if there and role not in roles:
+            advice = (
+                f'name it in {MANIFEST_FILE} ("reference": true) or remove it'
+                if role == "reference" and manifest.kind == "residual"
+                else "remove it"
+            )
+            raise Problem(
+                f"there is a folder {role}/, which {MANIFEST_FILE} (kind {manifest.kind!r}) "
+                f"does not name; {advice}"
+            )
+    stray = sorted(folder.glob("*.safetensors"))
+    if "value" not in roles and stray:
+        raise Problem(
+            f"{stray[0].name} lies beside {MANIFEST_FILE}, but the weights of a network of kind "
+            f"{manifest.kind!r} lie in {' and '.join(f'{role}/' for role in roles)}; move it there"
+        )
+
+
+def _refuse_small_vocabularies(models: Iterable[ModelFolder], highest_id: int) -> None:
+    """Raise `Problem` if a model lacks a logit for one of the tokenizer's tokens."""
+    for model in models:
+        if highest_id >= model.vocab_size:
+            where = MANIFEST_FILE if model.role == "value" else f"{model.role}/"
+            raise Problem(
+                f"{where}: the model has {model.vocab_size:,} logits, but the tokenizer's tokens "
+                f"go up to {highest_id:,}; use models of that tokenizer"
+            )
 
 
 def _refuse_huge_files(folder: Path) -> None:
     """Raise `Problem` for files that are read as a whole and are too large for that."""
     for name in files_that_count(folder):
         is_weights = name.endswith(".safetensors") and not name.startswith(MAP_FOLDER)
-        is_json = name in (MANIFEST_FILE, CONFIG_FILE, INDEX_FILE, "tokenizer_config.json")
+        is_json = os.path.basename(name) in JSON_FILES
         largest = LARGEST_JSON if is_json else LARGEST_TOKENIZER
         size = (folder / name).stat().st_size
         if not is_weights and size > largest:
@@ -392,18 +498,8 @@ def _refuse_huge_files(folder: Path) -> None:
             )
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Problem(f"{file.name} is not valid JSON ({error}); restore the file") from error
-    if not isinstance(value, dict):
-        raise Problem(f"{file.name} holds no JSON object; restore the file")
-    return value
-
-
 def _read_manifest(folder: Path) -> Manifest:
-    fields = _read_json_object(folder / MANIFEST_FILE)
+    fields = read_json_object(folder / MANIFEST_FILE)
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
@@ -414,95 +510,6 @@ def _read_manifest(folder: Path) -> Manifest:
         raise Problem(f"{MANIFEST_FILE} is invalid ({faults}); correct it or train again") from (
             error
         )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json into transformers' canonical names, refusing code from the checkpoint."""
-    for file in (folder / CONFIG_FILE, folder / "tokenizer_config.json"):
-        if file.name == CONFIG_FILE and not file.is_file():
-            raise Problem(f"no {CONFIG_FILE}; the checkpoint is incomplete, copy it again")
-        if file.is_file() and "auto_map" in _read_json_object(file):
-            raise Problem(
-                f"{file.name} asks for code from the checkpoint (auto_map), which is never run; "
-                "use a model type that transformers knows"
-            )
-    _refuse_huge_numbers(_read_json_object(folder / CONFIG_FILE))
-    # Imported late: transformers takes seconds, and most refusals above need none of it.
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each configuration class validates in its own way
-        reason = " ".join(str(error).split())[:200]
-        raise Problem(f"{CONFIG_FILE} cannot be used ({reason}); restore the file") from error
-    text_config = config.get_text_config()
-    return {key: getattr(text_config, key, None) for key in CONFIG_KEYS}
-
-
-def _refuse_huge_numbers(config: object, key: str = "") -> None:
-    """Raise `Problem` for a count of layers, labels, ... that no model has."""
-    if isinstance(config, dict):
-        for inner, value in config.items():
-            _refuse_huge_numbers(value, str(inner))
-    elif key.startswith(("num_", "n_")) and isinstance(config, int) and config > LARGEST_NUMBER:
-        raise Problem(f"{CONFIG_FILE} has no usable {key} ({config}); restore the file")
-
-
-def _config_size(config: dict[str, Any], key: str) -> int:
-    value = config[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise Problem(f"{CONFIG_FILE} has no usable {key} ({value!r}); restore the file")
-    return value
-
-
-def _refuse_lies(config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
-    """Raise `Problem` where the weights' shapes belie the configuration.
-
-    Memory is promised by the configuration's numbers. The names are those that transformers gives
-    in most architectures; weights of other names are left to the loader.
-    """
-
-    def refuse(key: str, claimed: int, tensor: str, found: str) -> None:
-        raise Problem(
-            f"{CONFIG_FILE} says {key} {claimed:,}, but the weights have {found} ({tensor}); "
-            "restore the file"
-        )
-
-    vocab_size = config["vocab_size"]
-    width = config["word_embed_proj_dim"] or config["hidden_size"]
-    layers, kv_heads, head_size = _kv_shape(config)
-    keys = {}
-    last_layer, last_tensor = -1, ""
-    for tensor, shape in shapes.items():
-        if EMBEDDING.search(tensor) and len(shape) == 2:
-            if isinstance(vocab_size, int) and shape[0] != vocab_size:
-                refuse("vocab_size", vocab_size, tensor, f"{shape[0]:,} rows")
-            if isinstance(width, int) and shape[1] != width:
-                refuse("hidden_size", width, tensor, f"{shape[1]:,} columns")
-        if KEYS.search(tensor) and len(shape) == 2:
-            keys[shape[0]] = tensor
-        layer = LAYER.search(tensor)
-        if layer and int(layer[1]) > last_layer:
-            last_layer, last_tensor = int(layer[1]), tensor
-    if keys and kv_heads * head_size not in keys:  # layers may differ in this
-        found = " or ".join(f"{rows:,}" for rows in sorted(keys))
-        refuse("KV heads * head size", kv_heads * head_size, min(keys.values()), f"{found} rows")
-    if last_layer >= 0 and layers > last_layer + 1:
-        refuse("num_hidden_layers", layers, last_tensor, f"{last_layer + 1:,}")
-
-
-def _kv_shape(config: dict[str, Any]) -> tuple[int, int, int]:
-    if not config["num_attention_heads"]:
-        return 0, 0, 0
-    heads = _config_size(config, "num_attention_heads")
-    kv_heads = (
-        _config_size(config, "num_key_value_heads") if config["num_key_value_heads"] else heads
-    )
-    if config["head_dim"]:
-        head_size = _config_size(config, "head_dim")
-    else:
-        head_size = _config_size(config, "hidden_size") // heads
-    return _config_size(config, "num_hidden_layers"), kv_heads, head_size
 
 
 def _read_maps(folder: Path, manifest: Manifest, vocab_size: int) -> dict[str, Path]:
@@ -533,63 +540,14 @@ def _read_maps(folder: Path, manifest: Manifest, vocab_size: int) -> dict[str, P
     return maps
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        raise Problem("no safetensors weights; copy the whole checkpoint folder")
-    index = folder / INDEX_FILE
-    if index.is_file():
-        weight_map = _read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise Problem(f"{INDEX_FILE} has no weight_map; restore the file")
-        listed = {str(file) for file in weight_map.values()}
-        missing = sorted(listed - {file.name for file in found})
-        if missing:
-            raise Problem(f"{INDEX_FILE} lists {missing[0]}, which is not there; copy it again")
-        _refuse_misplaced_tensors(folder, weight_map)
-        found = [file for file in found if file.name in listed]
-    elif len(found) > 1:
-        raise Problem(f"{len(found)} safetensors files but no {INDEX_FILE}; copy it too")
-    elif SHARD.search(found[0].name):
-        raise Problem(f"{found[0].name} is one of several, but no {INDEX_FILE}; copy them too")
-    return found
-
-
-def _refuse_misplaced_tensors(folder: Path, weight_map: dict[str, Any]) -> None:
-    for file_name in sorted({str(file) for file in weight_map.values()}):
-        shapes = _tensor_shapes(folder / file_name)
-        for tensor, listed_file in weight_map.items():
-            if listed_file == file_name and tensor not in shapes:
-                raise Problem(f"{file_name} lacks the tensor {tensor} that {INDEX_FILE} lists")
-
-
-def _tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Read a safetensors header.
-
-    `safe_open` maps the file, parses the header and verifies that the tensors' offsets tile the
-    rest of the file exactly, so truncation, trailing bytes and overlaps all raise.
-    """
-    if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            shapes = {key: list(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Problem(
-            f"{file.name} is truncated or corrupt ({reason}); copy or train it again"
-        ) from error
-    if not shapes:
-        raise Problem(f"{file.name} holds no tensors; copy or train it again")
-    return shapes
-
-
-def _content_version(folder: Path, others: Iterable[Path]) -> str:
+def _content_version(network: NetworkFolder, others: Iterable[Path]) -> str:
     """Hash what decides the network's behaviour; a README beside it changes nothing."""
-    fixed = (MANIFEST_FILE, CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES)
-    counting = {folder / name for name in fixed if (folder / name).is_file()} | set(others)
+    folder = network.path
+    fixed = {folder / name for name in (MANIFEST_FILE, *TOKENIZER_FILES)}
+    for place in {folder, *(model.path for model in network.models)}:
+        fixed |= {place / CONFIG_FILE, place / INDEX_FILE}
     digest = hashlib.sha256()
-    for file in sorted(counting):
+    for file in sorted({file for file in fixed if file.is_file()} | set(others)):
         with file.open("rb") as content:
             file_digest = hashlib.file_digest(content, "sha256").hexdigest()
         digest.update(f"{file.relative_to(folder).as_posix()}\0{file_digest}\n".encode())

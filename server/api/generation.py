@@ -4,18 +4,22 @@ vLLM's handlers all call `engine_client.generate`, after the prompt is tokenized
 response has begun. What the route knows and they do not carry along travels in `CURRENT`.
 """
 
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import aclosing
+import math
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import aclosing, nullcontext
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
 from server.api.errors import ApiError, bad_request
+from server.api.explanation import Explanation, Record
 from server.api.metrics import count_tokens
+from server.api.reasoning import Reasoning
 from server.api.selection import failure_message
 from server.api.vocabularies import Vocabularies
-from server.choice import EXTRA_ARG, Choice, ChosenNetwork, unseal
+from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal, unseal
 from server.lifecycle.catalog import Catalog, Network, UnknownNetwork, WorkerError
 from server.lifecycle.leases import Lease, Leases
 
@@ -36,6 +40,8 @@ class GuidedRequest:
     """Why generation ended, for a stream that lost it."""
     lease: Lease | None = None
     """Holds those networks."""
+    explanation: Explanation | None = None
+    """What it did to each token, if the client asked."""
     admitted: list[Any] = field(default_factory=list)
     """Prompts that its networks of another vocabulary can read."""
 
@@ -57,8 +63,13 @@ class GenerationDoor:
         key: str,
         max_model_len: int,
         failed: Callable[[str], Exception],
+        reasoning: Reasoning | None = None,
     ) -> None:
-        """`failed` makes the exception that vLLM's handlers report as an internal error."""
+        """
+        Args:
+            failed: makes the exception that vLLM's handlers report as an internal error.
+            reasoning: the target's, if the server knows how it ends.
+        """
         self._generate = generate
         self._catalog = catalog
         self._leases = leases
@@ -66,6 +77,7 @@ class GenerationDoor:
         self._key = key
         self._max_model_len = max_model_len
         self._failed = failed
+        self._reasoning = reasoning
 
     def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -97,13 +109,27 @@ class GenerationDoor:
                     "min_tokens",
                 )
             sampling_params.max_tokens = min(sampling_params.max_tokens, room)
-            # A client that asks for them was refused; vLLM also computes them for any echo.
-            sampling_params.prompt_logprobs = None
+            if choice.after or choice.until_tokens is not None or choice.until_text is not None:
+                # A client that asks for them was refused; vLLM also computes them for any echo.
+                sampling_params.prompt_logprobs = None
         except ApiError as error:
             request.error = error
             raise
+        explanation = request.explanation
+        record = None if explanation is None else explanation.begin(sampling_params.n)
+        settled = choice._replace(
+            after=self._begin_after(choice, prompt, options.get("reasoning_parser_kwargs")),
+            explain=None if record is None else record.name,
+        )
+        if settled != choice:
+            # A handler may generate again with these: what is of this prompt stays out of them.
+            sampling_params = copy(sampling_params)
+            sampling_params.extra_args = {
+                **sampling_params.extra_args,
+                EXTRA_ARG: seal(settled, self._key),
+            }
         outputs = self._generate(prompt, sampling_params, request_id, **options)
-        return self._watch(outputs, choice, request)
+        return self._watch(outputs, choice, request, record)
 
     def check(self, prompt: Any) -> None:
         """Check the prompt of the current request, for a handler that generates only after it has
@@ -177,13 +203,26 @@ class GenerationDoor:
                 "allowed_token_ids",
             )
 
+    def _begin_after(
+        self, choice: Choice, prompt: Any, parser_kwargs: Mapping[str, Any] | None
+    ) -> tuple[int, ...]:
+        """Return `choice.after`, or nothing if the prompt has left reasoning behind."""
+        if not choice.after or self._reasoning is None:
+            return choice.after
+        ended = self._reasoning.has_ended(_token_ids(prompt), parser_kwargs)
+        return () if ended else choice.after
+
     def _scores(self, network: Network, token_id: int) -> bool:
         if network.mapped:
             return self._vocabularies.scores(network, token_id)
         return token_id < network.vocab_size
 
     async def _watch(
-        self, outputs: AsyncGenerator[Any, None], choice: Choice, request: GuidedRequest
+        self,
+        outputs: AsyncGenerator[Any, None],
+        choice: Choice,
+        request: GuidedRequest,
+        record: Record | None,
     ) -> AsyncGenerator[Any, None]:
         # vLLM gives up a request whose client has left in a task of its own, which may outlive the
         # call that holds the route's lease.
@@ -193,24 +232,41 @@ class GenerationDoor:
             lease = self._leases.take(map(str, choice.networks))
         num_tokens = 0
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    ended = [o for o in output.outputs if o.stop_reason == choice.failure_token_id]
-                    if ended and (failure := await self._failure(choice)) is not None:
-                        request.error = self._failed(failure)
-                        raise request.error
-                    for completion in ended:
-                        _end_at_length(completion)
-                    # Handlers ask for what is new, or for all at the end.
-                    num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-                    yield output
+            # A generator that nobody iterates never ends: the record's file is made only now.
+            with record or nullcontext():
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        await self._end_failed(output, choice, request)
+                        if record is not None:
+                            await record.passed(output)
+                        # Handlers ask for what is new, or for all at the end.
+                        num_tokens += sum(len(done.token_ids) for done in output.outputs)
+                        yield output
         finally:
             lease.release()
             for network in choice.networks:
                 count_tokens(network.name, network.version, num_tokens)
 
-    async def _failure(self, choice: Choice) -> str | None:
-        """Say why the networks have ended a request, or None if one has read all that it can."""
+    async def _end_failed(self, output: Any, choice: Choice, request: GuidedRequest) -> None:
+        """End completions whose networks could read no more.
+
+        Raises:
+            Exception: for vLLM's handlers, which says that a network has failed.
+        """
+        ended = [o for o in output.outputs if o.stop_reason == choice.failure_token_id]
+        unscored = _is_unscored(output)
+        if not (ended or unscored):
+            return
+        failure = await self._failure(choice, outgrown=not unscored)
+        if failure is not None:
+            request.error = self._failed(failure)
+            raise request.error
+        for completion in ended:
+            _end_at_length(completion)
+
+    async def _failure(self, choice: Choice, *, outgrown: bool) -> str | None:
+        """Say why the networks have ended a request, or None if one has read all that it can,
+        which `outgrown` says is possible."""
         names = ", ".join(map(str, choice.networks))
         try:
             await self._catalog.refresh()
@@ -219,7 +275,7 @@ class GenerationDoor:
             return f"value network {names} has failed; its reason cannot be had ({error})"
         # One that is draining by now has kept its reason.
         failed = [network for network in networks if network.reason is not None]
-        if not failed and any(network.mapped for network in networks):
+        if not failed and outgrown and any(network.mapped for network in networks):
             return None
         if not failed:
             return f"value network {names} has failed for this request"
@@ -234,6 +290,15 @@ def _token_ids(prompt: Any) -> list[int]:
             "tokens; leave out the value networks, or send text"
         )
     return list(token_ids)
+
+
+def _is_unscored(output: Any) -> bool:
+    """Whether the networks failed to score the prompt: their scores are then no numbers."""
+    return any(
+        math.isnan(next(iter(scores.values())).logprob)
+        for scores in output.prompt_logprobs or ()
+        if scores
+    )
 
 
 def _refuse_long(network: Network, length: int) -> None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Self
 
 from fastapi import FastAPI, Request, Response
@@ -21,13 +22,16 @@ from pydantic import (
     model_validator,
 )
 
+from server.api.combinations import refuse_combinations
 from server.api.errors import ApiError, bad_request, shorten
+from server.api.explanation import FIELD, Explanation, Spelling, explain_stream
 from server.api.generation import CURRENT, GuidedRequest
 from server.api.metrics import count_request
 from server.api.middleware import LEASES, refuse_reserved
+from server.api.reasoning import Reasoning
 from server.api.selection import Selection, references, select
-from server.api.value_guidance import GuidingNetworks, ValueGuidance
-from server.choice import EXTRA_ARG, Choice, seal
+from server.api.value_guidance import Guidance, ValueGuidance
+from server.choice import EXTRA_ARG, seal
 from server.lifecycle.catalog import Catalog
 from server.lifecycle.leases import Leases
 from server.lifecycle.lifecycle import Lifecycle
@@ -55,6 +59,12 @@ class Service:
     target_names: tuple[str, ...]
     """All names under which it is served; a network never takes one."""
     failure_token_id: int
+    explanations: Path
+    """Where records of what guidance did are kept while their requests run."""
+    spelling: Spelling
+    """Of the target's tokens."""
+    reasoning: Reasoning | None
+    """The target's, if the server knows how it ends."""
 
 
 def take_over(app: FastAPI, service: Callable[[], Service]) -> None:
@@ -95,8 +105,8 @@ def take_over(app: FastAPI, service: Callable[[], Service]) -> None:
 def _with_value_guidance(request_model: type[BaseModel]) -> type[BaseModel]:
     """vLLM's request model with the field that it lacks."""
     description = (
-        "Value networks that steer this request: a network's name, or several with scales. "
-        "Naming a network as `model` does the same."
+        "Value networks that steer this request: a network's name, or several with scales, and "
+        "how they are combined. Naming a network as `model` does the same."
     )
     guided: type[BaseModel] = create_model(
         f"Guided{request_model.__name__}",
@@ -132,6 +142,7 @@ def _guide(
 ) -> Endpoint:
     # Unknown fields are allowed, and mean nothing.
     limits = [name for name in OUTPUT_LIMITS if name in request_model.model_fields]
+    takes_several_prompts = "prompt" in request_model.model_fields
 
     async def endpoint(request: Any, raw_request: Request) -> Response:
         here = service()
@@ -144,14 +155,16 @@ def _guide(
         named_by_model = model is not None and model in here.catalog
         if named_by_model:
             request.model = here.target
+        explanation = None
         if selection.active:
-            _refuse_unguided_parts(request)
-            choice = Choice(selection.active, here.failure_token_id)
-            request.vllm_xargs = {
-                **(request.vllm_xargs or {}),
-                EXTRA_ARG: seal(choice, here.settings.key),
-            }
-            request.stop_token_ids = [*(request.stop_token_ids or []), here.failure_token_id]
+            _carry_choice(here, request, selection)
+            if selection.guidance.explain:
+                explanation = Explanation(
+                    here.explanations,
+                    here.spelling,
+                    selection.active,
+                    choice_per_call=takes_several_prompts,
+                )
         # vLLM's request model fills in a missing limit: only the request as sent knows.
         sent = await raw_request.json()
         limit_name = next((name for name in limits if sent.get(name) is not None), None)
@@ -161,6 +174,7 @@ def _guide(
             max_tokens=getattr(request, limit_name) if limit_name else None,
             limit_name=limit_name or "max_tokens",
             lease=next(iter(raw_request.scope[LEASES]), None),
+            explanation=explanation,
         )
         CURRENT.set(guided)
         return _name_networks(await original(request, raw_request), selection, guided)
@@ -174,7 +188,7 @@ def _guide(
 async def _select(
     here: Service,
     model: str | None,
-    value_guidance: str | GuidingNetworks | None,
+    value_guidance: str | Guidance | None,
     raw_request: Request,
 ) -> Selection:
     """Resolve what a request names, and hold those versions until it has been answered."""
@@ -190,6 +204,21 @@ async def _select(
     return selection
 
 
+def _carry_choice(here: Service, request: Any, selection: Selection) -> None:
+    """Put the choice where it reaches the workers, through vLLM's own fields of a request."""
+    refuse_combinations(
+        request,
+        selection,
+        reasons=here.reasoning is not None,
+        reads_text=here.settings.token_bytes is not None,
+    )
+    reasoning_end = here.reasoning.end if here.reasoning else ()
+    choice = selection.choice(here.failure_token_id, reasoning_end)
+    sealed = seal(choice, here.settings.key)
+    request.vllm_xargs = {**(request.vllm_xargs or {}), EXTRA_ARG: sealed}
+    request.stop_token_ids = [*(request.stop_token_ids or []), here.failure_token_id]
+
+
 def _mention_networks(response: Response, catalog: Catalog) -> Response:
     """Add the networks to vLLM's answer that there is no such model: it lists the target only."""
     if response is None or response.status_code != HTTPStatus.NOT_FOUND:
@@ -202,45 +231,21 @@ def _mention_networks(response: Response, catalog: Catalog) -> Response:
     return JSONResponse(fields, status_code=response.status_code)
 
 
-def _refuse_unguided_parts(request: Any) -> None:
-    """Refuse what vLLM computes past its logits processors: it would be the target's alone."""
-    if getattr(request, "use_beam_search", False):
-        raise bad_request(
-            "use_beam_search cannot be guided by value networks; leave out one of the two",
-            "use_beam_search",
-        )
-    if getattr(request, "background", None):
-        raise bad_request(
-            "background: a guided response cannot run in the background yet, where nobody would "
-            "be told that its value network failed; leave out background or the value networks",
-            "background",
-        )
-    if getattr(request, "prompt_logprobs", None) is not None:
-        raise bad_request(
-            "prompt_logprobs of a guided request are not supported: they would be the target's "
-            "alone; leave out prompt_logprobs or the value networks",
-            "prompt_logprobs",
-        )
-    logprobs = getattr(request, "logprobs", None)
-    if getattr(request, "echo", False) and logprobs is not None and logprobs is not False:
-        raise bad_request(
-            "echo with logprobs scores the prompt, which is not supported on a guided request; "
-            "leave out echo, logprobs or the value networks",
-            "echo",
-        )
-
-
 def _name_networks(response: Response, selection: Selection, guided: GuidedRequest) -> Response:
-    """Say in the response which networks steered it."""
+    """Say in the response which networks steered it, and how, if the client asked."""
     # vLLM's endpoints return None to a client that has left.
     if response is None or response.status_code != HTTPStatus.OK:
         return response
     response.headers[NETWORKS_HEADER] = selection.header
     if isinstance(response, StreamingResponse):
+        if guided.explanation is not None:
+            response.body_iterator = explain_stream(response.body_iterator, guided.explanation)
         response.body_iterator = _report_loss(response.body_iterator, guided)
         return response
     fields = json.loads(bytes(response.body))
     fields["value_guidance"] = selection.body
+    if guided.explanation is not None:
+        fields[FIELD] = guided.explanation.take_all()
     named = JSONResponse(fields, background=response.background)
     named.raw_headers.extend(
         header

@@ -49,6 +49,8 @@ class Network(BaseModel):
     """Its own token ids are below this."""
     mapped: bool
     """Whether it has another vocabulary than the target, and reads through a map."""
+    dynamic: bool = False
+    """Whether it knows its base, so that its weight can be solved for at every step."""
     max_context: int
     """The longest sequence it reads, prompt and output together, in tokens of its own."""
     num_parameters: int

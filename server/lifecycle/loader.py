@@ -203,6 +203,6 @@ def is_resident(name: str, catalog: Catalog) -> bool:
 
 def _refuse_changed(facts: NetworkFacts, staged: StagedNetwork) -> None:
     """Memory was reserved for what the folder held then. Raises `LoadFailed`."""
-    for field in ("num_parameters", "kv_shape", "max_context", "mapped"):
+    for field in ("models", "max_context", "mapped"):
         if getattr(facts, field) != getattr(staged, field):
             raise LoadFailed("its folder in the store was replaced meanwhile; load it again")

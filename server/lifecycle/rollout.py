@@ -123,7 +123,7 @@ class Rollout:
                 await self.catalog.change("trimtab_retire", f"{self.name}@{version}", False)
             for network in reversed(before):
                 # It is resident everywhere, so this load takes no memory.
-                facts = {**self.facts, "num_parameters": 0, "kv_shape": [0, 0, 0], "max_context": 1}
+                facts = {**self.facts, "models": []}
                 again = Rollout(self.catalog, self.name, network.source, self.owner, facts)
                 await again.begin(supersede=True)
                 await again._states("trimtab_build", network.version, network.folder, False)

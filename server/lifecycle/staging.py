@@ -27,7 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -40,10 +40,12 @@ from value_models.store import (
     NetworkError,
     NetworkFolder,
     NoSuchNetwork,
+    Role,
     Store,
     check_fits,
     check_name,
     check_tokenizer,
+    model_path,
 )
 
 MODULE = "server.lifecycle.staging"
@@ -67,6 +69,17 @@ class StagingError(RuntimeError):
     """Not the network is at fault: the child died, the store cannot be read, there is no room."""
 
 
+class ModelFacts(BaseModel):
+    """What decides the memory that one model of a network takes."""
+
+    role: Role
+    num_parameters: int
+    kv_shape: tuple[int, int, int]
+    """Layers, KV heads, head size."""
+    vocab_size: int
+    max_context: int
+
+
 class NetworkFacts(BaseModel):
     """What a checked folder of the store says about its network."""
 
@@ -76,11 +89,9 @@ class NetworkFacts(BaseModel):
     scale: float
     vocab_size: int
     max_context: int
-    num_parameters: int
     num_bytes: int
-    """Size of the weight files."""
-    kv_shape: tuple[int, int, int]
-    """Layers, KV heads, head size."""
+    """Size of all weight files."""
+    models: tuple[ModelFacts, ...]
     mapped: bool
     """It has another vocabulary than the target, and a sound map to the target's."""
 
@@ -348,8 +359,9 @@ class Folders:
         if path.parent != self._snapshots or path.name.startswith("."):
             raise DirectoryError(f"{folder} is no snapshot of a network")
         if weights_only:
-            for file in path.glob("*.safetensors"):
-                file.unlink(missing_ok=True)
+            for role in get_args(Role):
+                for file in model_path(path, role).glob("*.safetensors"):
+                    file.unlink(missing_ok=True)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -366,9 +378,17 @@ class Folders:
             scale=network.manifest.default_scale,
             vocab_size=network.vocab_size,
             max_context=network.max_context,
-            num_parameters=network.num_parameters,
             num_bytes=network.num_bytes,
-            kv_shape=network.kv_shape,
+            models=tuple(
+                ModelFacts(
+                    role=model.role,
+                    num_parameters=model.num_parameters,
+                    kv_shape=model.kv_shape,
+                    vocab_size=model.vocab_size,
+                    max_context=model.max_context,
+                )
+                for model in network.models
+            ),
             mapped=is_mapped(network, self._settings.tokenizer_fingerprint),
         ).model_dump()
 

@@ -1,6 +1,6 @@
 """The KV blocks of value networks, through vLLM's `KVCacheManager`.
 
-Networks whose KV caches have one shape share a pool, so memory goes where the traffic is. The state
+Models whose KV caches have one shape share a pool, so memory goes where the traffic is. The state
 in it is a cache over token history: anything may be dropped and recomputed, slower but never wrong.
 """
 
@@ -34,7 +34,7 @@ TokensOf = Callable[[int, int], list[int]]
 
 
 class KVShape(NamedTuple):
-    """What networks must have in common to share a pool."""
+    """What models must have in common to share a pool."""
 
     layer: FullAttentionSpec
     num_layers: int
@@ -51,13 +51,14 @@ class KVShape(NamedTuple):
 
 
 class BlockPool:
-    """The paged KV cache of all value networks with one KV shape.
+    """The paged KV cache of all models with one KV shape.
 
     Attributes:
         id, shape: as given.
         num_bytes: memory of the whole pool.
-        layer_caches: one tensor for each layer, which every network's layer of that place binds.
+        layer_caches: one tensor for each layer, which every model's layer of that place binds.
         num_tokens: how many tokens fit.
+        tables: of the models that take blocks from it.
         now: the time, in steps.
         tainted: blocks may hold NaN or infinity. Kernels multiply what lies behind a row's end in
             its last block by a probability of 0, so such blocks are cleared for their next owner.
@@ -76,11 +77,11 @@ class BlockPool:
 
         Args:
             pool_id: what operators see it by.
-            vllm_config: of any network with this shape; its `cache_config` names the layout.
-            shape: of the networks; the layers' `block_size` is `BLOCK_SIZE`.
+            vllm_config: of any model with this shape; its `cache_config` names the layout.
+            shape: of the models; the layers' `block_size` is `BLOCK_SIZE`.
             num_bytes: memory for the whole pool.
             device: where the KV cache lies.
-            prefix_caching: let rows of one network share the blocks of equal prefixes.
+            prefix_caching: let rows of one model share the blocks of equal prefixes.
         """
         layers = [f"layers.{i}" for i in range(shape.num_layers)]
         config = get_kv_cache_config_from_groups(
@@ -96,7 +97,7 @@ class BlockPool:
         caches = dict(zip(tensor.layers, views, strict=True))
         self.num_tokens = (config.num_blocks - 1) * BLOCK_SIZE
         self.layer_caches = [caches[layer] for layer in layers]
-        self._tables: list[BlockTable] = []
+        self.tables: list[BlockTable] = []
         self.now = 0
         self.tainted = False
         self._manager = KVCacheManager(
@@ -112,25 +113,20 @@ class BlockPool:
     @property
     def used_tokens(self) -> int:
         """Tokens of running rows; what else it holds are prefixes that may be used again."""
-        return sum(int(table.computed.sum()) for table in self._tables)
-
-    @property
-    def num_networks(self) -> int:
-        """Networks that take blocks from it."""
-        return len(self._tables)
+        return sum(int(table.computed.sum()) for table in self.tables)
 
     def new_table(self, max_rows: int, max_context: int, salt: str) -> "BlockTable":
-        """Make the table of one network. `salt` keeps its cached prefixes from all others'."""
+        """Make the table of one model. `salt` keeps its cached prefixes from all others'."""
         table = BlockTable(self, max_rows, max_context, salt)
-        self._tables.append(table)
+        self.tables.append(table)
         return table
 
     def remove_table(self, table: "BlockTable") -> None:
-        """Free all blocks of a network that goes."""
+        """Free all blocks of a model that goes."""
         for slot in list(table.requests):
             table.release(slot)
-        if table in self._tables:
-            self._tables.remove(table)
+        if table in self.tables:
+            self.tables.remove(table)
 
     def tick(self) -> int:
         """Begin a step: what is used in it carries the time `now`, which is returned."""
@@ -150,7 +146,7 @@ class BlockPool:
         """
         candidates = [
             (table.last_used[slot], table, slot)
-            for table in self._tables
+            for table in self.tables
             for slot in table.requests
             if slot not in table.held
         ]
@@ -171,7 +167,7 @@ def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 class BlockTable:
-    """Which of a pool's blocks hold which row's history, for one network.
+    """Which of a pool's blocks hold which row's history, for one model.
 
     A *slot* names a guided request for as long as it is in the batch. The arrays are indexed by
     slot and read by the decoding step as a whole: a row that only decodes costs no Python.

@@ -1,8 +1,8 @@
-"""torch.compile for value networks: once for all networks of one architecture.
+"""torch.compile for value networks: once for all models of one architecture.
 
 Compiling takes seconds, and a store may hold dozens of networks that differ in their weights alone.
 vLLM's ahead-of-time compiled forward takes the module as its first argument and reads every weight
-from it, so a network can run the forward that another of the same shape compiled.
+from it, so a model can run the forward that another of the same shape compiled.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, VllmConfig
 
 LAYER_PREFIX = "value_network"
-"""Prefix of every network's layers: the names are constants of a compiled forward."""
+"""Prefix of every model's layers: the names are constants of a compiled forward."""
 
 
 def compilation_mode(target: VllmConfig) -> CompilationMode:
@@ -38,11 +38,11 @@ class CompiledForwards:
         self._forwards: dict[str, Any] = {}
 
     def knows(self, config: VllmConfig) -> bool:
-        """Whether a network of the same architecture has compiled its forward."""
+        """Whether a model of the same architecture has compiled its forward."""
         return _architecture(config) in self._forwards
 
     def adopt(self, model: torch.nn.Module, config: VllmConfig) -> None:
-        """Give `model` the forward of an earlier network of the same architecture, if any."""
+        """Give `model` the forward of an earlier model of the same architecture, if any."""
         module = _compiled_module(model)
         forward = self._forwards.get(_architecture(config))
         if module is not None and forward is not None:

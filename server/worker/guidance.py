@@ -5,56 +5,29 @@ adapters know how a runner announces rows and where it keeps tokens.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from server.choice import Choice
-from server.worker.blocks import TokensOf
-from server.worker.network import Rows, ValueNetwork
+from server.run_directory import EXPLAIN
+from server.worker.assignment import Assignment, FusedRows, assign
+from server.worker.explanations import Explained, Explanations
+from server.worker.fused import FusedBatch
+from server.worker.network import Rows, Scores, ValueNetwork
 from server.worker.residency import Residency
-from server.worker.translation import TranslatedRow
+from server.worker.row import GuidedRow
 from value_models.combine import add_value_logits
+from value_models.explain import explain
 
 logger = init_logger(__name__)
 
-
-class GuidedRow:
-    """A request in the batch that chose value networks.
-
-    Attributes:
-        slot: names the row's place in every table of the worker, while it is in the batch; the
-            adapter gives it one.
-        translations: the row as networks of another vocabulary read it.
-    """
-
-    def __init__(self, choice: Choice, prompt_ids: list[int], output_ids: list[int]) -> None:
-        self.choice = choice
-        self.slot: int | None = None
-        self.translations: dict[ValueNetwork, TranslatedRow] = {}
-        self._prompt_ids = prompt_ids
-        self._output_ids = output_ids  # vLLM's own list, which grows as tokens are sampled
-
-    def tokens(self, start: int, stop: int) -> list[int]:
-        """Return the history's tokens from `start` to before `stop`, as far as the host knows."""
-        prompt_length = len(self._prompt_ids)
-        tokens = self._prompt_ids[start:stop]
-        if stop > prompt_length:
-            tokens += self._output_ids[max(0, start - prompt_length) : stop - prompt_length]
-        # Asynchronous scheduling holds the place of a token still on the device with -1.
-        return tokens[: tokens.index(-1)] if -1 in tokens else tokens
-
-    def translation(self, network: ValueNetwork) -> TranslatedRow | None:
-        """Return the row as `network` reads it, if that is of another vocabulary."""
-        if network.translator is None:
-            return None
-        if network not in self.translations:
-            self.translations[network] = network.translator.follow(self.tokens)
-        return self.translations[network]
+SCORED_AT_ONCE = 256
+"""Positions of a prompt; their logits are tensors of `[positions, vocab_size]`."""
 
 
 class Batch(NamedTuple):
@@ -63,31 +36,7 @@ class Batch(NamedTuple):
     lengths: np.ndarray  # int32 [num_rows], tokens of history, this step's input the last of them
     sampled: np.ndarray  # bool [num_rows], False: still in chunked prefill, its sample is discarded
     last_tokens: torch.Tensor  # int [num_rows] on the device, the last input token of each row
-
-
-class _Assignment(NamedTuple):
-    """The rows of a batch that one network steers."""
-
-    network: ValueNetwork
-    rows: np.ndarray  # int64 [num_guided]
-    slots: np.ndarray  # int64 [num_guided]
-    histories: list[TokensOf]
-    translations: list[TranslatedRow]  # [num_guided], or empty where both vocabularies are one
-    scales: torch.Tensor  # float32 [num_guided, 1] on the device
-
-    def only(self, chosen: np.ndarray) -> "_Assignment":
-        """Return it without the rows that are not chosen: bool `[num_guided]`."""
-        if chosen.all():
-            return self
-        kept = np.flatnonzero(chosen)
-        return _Assignment(
-            self.network,
-            self.rows[kept],
-            self.slots[kept],
-            [self.histories[i] for i in kept],
-            [self.translations[i] for i in kept] if self.translations else [],
-            self.scales[torch.from_numpy(kept)],
-        )
+    request_ids: Sequence[str]  # [num_rows]
 
 
 class Guidance:
@@ -95,16 +44,25 @@ class Guidance:
 
     Attributes:
         any_ended: whether `ended` may be true of any row.
+        explanations: of rows whose next token is about to be sampled.
     """
 
-    def __init__(self, residency: Residency, device: torch.device) -> None:
-        """`residency` has the networks, which may change between two steps."""
+    def __init__(self, residency: Residency, device: torch.device, run_dir: Path | None) -> None:
+        """
+        Args:
+            residency: has the networks, which may change between two steps.
+            device: where logits are.
+            run_dir: where explanations are written; None: nobody asks for any.
+        """
         self._residency = residency
         self._device = device
         self.any_ended = False
+        self.explanations = Explanations((run_dir or Path()) / EXPLAIN)
         self._rows: dict[int, GuidedRow] = {}
+        self._controlled: list[tuple[int, GuidedRow]] = []
         self._revision = residency.revision
-        self._assignments: list[_Assignment] = []
+        self._assignments: list[Assignment] = []
+        self._fused: FusedRows | None = None
         self._failure_mask: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def release(self, row: GuidedRow) -> None:
@@ -115,14 +73,12 @@ class Guidance:
     def arrange(self, rows: dict[int, GuidedRow]) -> None:
         """Take note of where guided rows now are in the batch: index -> row."""
         self._rows, self._revision = rows, self._residency.revision
-        chosen: dict[ValueNetwork, list[tuple[int, GuidedRow, float]]] = {}
-        for index, row in sorted(rows.items()):
-            for choice in row.choice.networks:
-                network = self._residency.find(choice.name, choice.version)
-                if network is not None:
-                    chosen.setdefault(network, []).append((index, row, choice.scale))
+        ordered = sorted(rows.items())
+        self._controlled = [(index, row) for index, row in ordered if row.control is not None]
         self.any_ended = any(map(self.ended, rows.values()))
-        self._assignments = [self._assign(network, members) for network, members in chosen.items()]
+        fused = [(i, r) for i, r in ordered if r.is_fused and (r.active or r.choice.explain)]
+        self._fused = FusedRows.of(fused, self._device) if fused else None
+        self._assignments = assign(ordered, self._fused, self._residency.find, self._device)
         self._failure_mask = (
             torch.tensor(list(rows), dtype=torch.int64, device=self._device),
             torch.tensor(
@@ -144,22 +100,47 @@ class Guidance:
         Returns:
             float32 `[num_rows, vocab_size]`; rows without guidance are exactly the target's.
         """
-        if self._revision != self._residency.revision:
+        newest = cache(batch.last_tokens.tolist)  # waits for the device: once, and only if asked
+        turned = self._follow_controls(batch, newest) if self._controlled else False
+        if turned or self._revision != self._residency.revision:
             self.arrange(self._rows)
         logits = logits.to(torch.float32)
-        newest = cache(batch.last_tokens.tolist)  # waits for the device: once, and only if asked
+        fused = None if self._fused is None else self._fused.take(logits)
         for assignment in self._assignments:
             if assignment.network.failure is None:
-                self._guide(logits, assignment, batch, newest)
+                self._guide(logits, fused, assignment, batch, newest)
+        if fused is not None:
+            self._fuse(logits, fused, batch)
         if self._failure_mask is not None:
             logits.index_put_(self._failure_mask, logits.new_tensor(float("-inf")))
         return logits
+
+    def score_prompt(self, row: GuidedRow, logits: torch.Tensor, start: int) -> torch.Tensor:
+        """Return guided logits behind the tokens of a prompt.
+
+        Args:
+            logits: `[num_positions, vocab_size]` of the target.
+            start: the first token's place in the prompt.
+
+        Returns:
+            float32 `[num_positions, vocab_size]`; NaN if a network fails, or has.
+        """
+        guided = logits.to(torch.float32)
+        for offset in range(0, len(guided), SCORED_AT_ONCE):
+            piece = guided[offset : offset + SCORED_AT_ONCE]
+            piece.copy_(self._score_positions(row, piece, start + offset))
+            if self.ended(row):
+                self.any_ended = True
+                return guided.fill_(float("nan"))
+        return guided
 
     def ended(self, row: GuidedRow) -> bool:
         """Whether a row cannot go on.
 
         A network that it chose has failed, is not resident at all, or cannot read so much.
         """
+        if row.is_done:
+            return False
         networks = [self._residency.find(c.name, c.version) for c in row.choice.networks]
         return any(network is None or network.failure is not None for network in networks) or any(
             translation.outgrown for translation in row.translations.values()
@@ -172,27 +153,36 @@ class Guidance:
             network.fail(reason)
             logger.error("value network %s failed: %s", network, reason)
 
-    def _assign(
-        self, network: ValueNetwork, members: list[tuple[int, GuidedRow, float]]
-    ) -> _Assignment:
-        rows = [row for _, row, _ in members]
-        translations = [t for row in rows if (t := row.translation(network)) is not None]
-        return _Assignment(
-            network,
-            np.array([index for index, _, _ in members]),
-            np.array([row.slot for row in rows]),
-            [history.tokens for history in translations or rows],
-            translations,
-            torch.tensor([[scale] for _, _, scale in members], device=self._device),
-        )
+    def _follow_controls(self, batch: Batch, newest: Callable[[], list[int]]) -> bool:
+        """Let rows begin and end to be guided; returns whether any did."""
+        turned = False
+        for index, row in self._controlled:
+            if not batch.sampled[index]:
+                continue
+            before = row.active, row.is_done
+            length = int(batch.lengths[index])
+            row.control.advance(
+                row.num_generated(length),
+                lambda start, row=row, index=index, length=length: row.generated(
+                    start, length, newest()[index]
+                ),
+            )
+            if (row.active, row.is_done) != before:
+                turned = True
+                if not row.active:
+                    self.release(row)
+                    row.translations.clear()
+        return turned
 
     def _guide(
         self,
         logits: torch.Tensor,
-        assignment: _Assignment,
+        fused: FusedBatch | None,
+        assignment: Assignment,
         batch: Batch,
         newest: Callable[[], list[int]],
     ) -> None:
+        """Add what one network thinks to its rows; where they are fused, to `fused`."""
         network = assignment.network
         columns = None
         began = time.perf_counter()
@@ -209,23 +199,134 @@ class Guidance:
             else:
                 read = _translated(assignment, self._device)
                 columns = network.translator.columns(assignment.translations)
-            value = network.score(read)
+            scores = network.score(read, assignment.dynamic if assignment.any_dynamic else None)
         except BaseException as error:  # whatever it is, it must not reach the engine
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            logger.exception("value network %s threw", network)
-            self.fail(f"it threw {type(error).__name__}: {error}", network)
+            self._caught(network, error)
             return
-        # A sum is finite only if every logit is: one pass, one number to wait for.
-        if not torch.isfinite(value.sum(dtype=torch.float32)):
-            self.fail("its logits are not finite", network)
+        if not self._is_sound(network, scores):
             return
         network.seconds += time.perf_counter() - began
         network.last_used = time.time()
-        add_value_logits(logits, value, assignment.scales, rows, columns)
+        if fused is None or assignment.is_plain:
+            add_value_logits(logits, scores.value, assignment.scales, rows, columns)
+        else:
+            assignment.divide(logits, fused, scores, columns)
+
+    def _fuse(self, logits: torch.Tensor, fused: FusedBatch, batch: Batch) -> None:
+        rows = self._fused
+        guided = fused.guide(rows.scales, rows.dynamic, rows.floor)
+        logits.index_copy_(0, rows.index, guided.logits)
+        self.explanations.forget()
+        asked = [place for place, row in enumerate(rows.members) if row.choice.explain]
+        asked = [place for place in asked if batch.sampled[rows.indices[place]]]
+        if not asked:
+            return
+        present = fused.present.tolist()
+        solved = {} if rows.dynamic is None else _places(rows.dynamic.tolist())
+        notes = []
+        for place in asked:
+            row, index = rows.members[place], rows.indices[place]
+            networks = [n for n, is_present in enumerate(present[place]) if is_present]
+            notes.append(
+                Explained(
+                    index,
+                    place,
+                    row.choice.explain,
+                    batch.request_ids[index],
+                    row.num_generated(int(batch.lengths[index])),
+                    networks,
+                    row.active,
+                    solved.get(place) if networks else None,
+                )
+            )
+        found = explain(fused.target, guided.logits, fused.values, guided.weights, fused.restricted)
+        self.explanations.note(notes, found, guided.weights, guided.fusion)
+
+    def _score_positions(self, row: GuidedRow, target: torch.Tensor, start: int) -> torch.Tensor:
+        """`score_prompt` for as many positions as are scored at once."""
+        choice, num_positions = row.choice, len(target)
+        fused = FusedBatch(target, len(choice.networks))
+        for ordinal, chosen in enumerate(choice.networks):
+            network = self._residency.find(chosen.name, chosen.version)
+            if network is None or network.failure is not None:
+                break
+            try:
+                if network.translator is None:
+                    scores = network.score_history(
+                        row.slot, row.tokens, start, start + num_positions, choice.dynamic
+                    )
+                    places, columns = torch.arange(num_positions, device=self._device), None
+                else:
+                    read = self._score_translated(row, network, start, num_positions)
+                    if read is None:
+                        continue
+                    places, scores, columns = read
+            except BaseException as error:  # whatever it is, it must not reach the engine
+                self._caught(network, error)
+                break
+            if not self._is_sound(network, scores):
+                break
+            fused.add(places, torch.full_like(places, ordinal), scores.value, columns)
+            if scores.distances is not None:
+                fused.add_distances(places, torch.full_like(places, ordinal), scores.distances)
+        scales = target.new_tensor([[chosen.scale for chosen in choice.networks]] * num_positions)
+        every = torch.arange(num_positions, device=self._device) if choice.dynamic else None
+        floor = target.new_full((num_positions, 1), choice.floor) if choice.floor else None
+        return fused.guide(scales, every, floor).logits
+
+    def _score_translated(
+        self, row: GuidedRow, network: ValueNetwork, start: int, num_positions: int
+    ) -> tuple[torch.Tensor, Scores, torch.Tensor] | None:
+        """Score a prompt by a network of another vocabulary, one position after the other.
+
+        Each may end in other tokens of the network's than the one after it begins with.
+        """
+        network.release(row.slot)  # it may have read further, with another end
+        reading = network.translator.follow(row.tokens)
+        places, scores, readings = [], [], []
+        for place in range(num_positions):
+            length = start + place + 1
+            kept = reading.advance(length, lambda length=length: row.tokens(length - 1, length)[0])
+            network.rewind(row.slot, kept)
+            if reading.waiting:
+                continue
+            end = len(reading.ids)
+            scores.append(
+                network.score_history(row.slot, reading.tokens, end - 1, end, row.choice.dynamic)
+            )
+            places.append(place)
+            readings.append(network.translator.columns([reading]))
+        network.release(row.slot)
+        if not places:
+            return None
+        columns = [found[0] if found.dim() == 2 else found for found in readings]
+        return (
+            torch.tensor(places, device=self._device),
+            Scores(
+                torch.cat([score.value for score in scores]),
+                torch.cat([score.distances for score in scores]) if row.choice.dynamic else None,
+            ),
+            torch.stack(columns),
+        )
+
+    def _caught(self, network: ValueNetwork, error: BaseException) -> None:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise error
+        logger.exception("value network %s threw", network)
+        self.fail(f"it threw {type(error).__name__}: {error}", network)
+
+    def _is_sound(self, network: ValueNetwork, scores: Scores) -> bool:
+        # A sum is finite only if every logit is: one pass, one number to wait for.
+        total = scores.value.sum(dtype=torch.float32)
+        if scores.distances is not None:
+            total = total + scores.distances.sum()
+        if torch.isfinite(total):
+            return True
+        self.fail("its logits are not finite", network)
+        return False
 
     def _ready(
-        self, assignment: _Assignment, batch: Batch, newest: Callable[[], list[int]]
+        self, assignment: Assignment, batch: Batch, newest: Callable[[], list[int]]
     ) -> np.ndarray:
         """Return which rows the network scores in this step, as bool `[num_guided]`.
 
@@ -246,7 +347,11 @@ class Guidance:
         return ready
 
 
-def _translated(assignment: _Assignment, device: torch.device) -> Rows:
+def _places(rows: Sequence[int]) -> dict[int, int]:
+    return {row: place for place, row in enumerate(rows)}
+
+
+def _translated(assignment: Assignment, device: torch.device) -> Rows:
     """Return the rows in the tokens of their network, which is of another vocabulary."""
     rows = assignment.translations
     return Rows(

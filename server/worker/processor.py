@@ -9,6 +9,7 @@ read no more.
 """
 
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,11 @@ from server.settings import Settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.outputs import SamplerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from server.worker.guidance import GuidedRow
+    from server.token_bytes import TokenBytes
+    from server.worker.row import GuidedRow
 
 logger = init_logger(__name__)
 
@@ -59,7 +62,8 @@ class ValueGuidance(LogitsProcessor):
         self._free_slots = list(range(vllm_config.scheduler_config.max_num_seqs))
         self._runner: GPUModelRunner | None = None
         self.residency = Residency(vllm_config, settings, device)
-        self.guidance = Guidance(self.residency, device)
+        self.guidance = Guidance(self.residency, device, settings.run_dir)
+        self._token_bytes = settings.token_bytes
         self._last_step = 0.0
 
     def is_argmax_invariant(self) -> bool:
@@ -68,10 +72,18 @@ class ValueGuidance(LogitsProcessor):
 
     def attach(self, runner: "GPUModelRunner") -> None:
         """Guide at the sampler's door from now on. Harmless when called again."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        from server.worker.scoring import guide_prompt_scores
+
         if self._runner is None:
             self._runner = runner
             self.residency.settle()
             runner.sampler.register_forward_pre_hook(self._enter_sampler, with_kwargs=True)
+            # All tensor-parallel ranks explain alike; one of them writes it down.
+            if get_tensor_model_parallel_rank() == 0:
+                runner.sampler.register_forward_hook(self._leave_sampler)
+            guide_prompt_scores(runner, self.guidance, self._rows)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow rows as they join, leave and move; called before every forward."""
@@ -118,12 +130,20 @@ class ValueGuidance(LogitsProcessor):
     def _new_row(
         self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
     ) -> "GuidedRow | None":
-        from server.worker.guidance import GuidedRow
+        from server.worker.row import GuidedRow
 
         choice = _choice_of(params, self._key)
         if choice is None:
             return None
-        return GuidedRow(choice, prompt_ids or [], output_ids)
+        spelling = None if choice.until_text is None else self._spelling
+        return GuidedRow(choice, prompt_ids or [], output_ids, spelling)
+
+    @cached_property
+    def _spelling(self) -> "TokenBytes | None":
+        """What tokens spell: mapped into memory when the first request wants to know."""
+        from server.token_bytes import TokenBytes
+
+        return None if self._token_bytes is None else TokenBytes.load(self._token_bytes)
 
     def _enter_sampler(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -145,12 +165,24 @@ class ValueGuidance(LogitsProcessor):
                     lengths=runner.optimistic_seq_lens_cpu[:num_rows].numpy(),
                     sampled=~runner.discard_request_mask.np[:num_rows],
                     last_tokens=runner.input_ids.gpu[last],
+                    request_ids=batch.req_ids,
                 ),
             )
         except Exception as error:  # an exception here would end the engine and every request
             logger.exception("guidance: the step threw")
             self.guidance.fail(f"the guidance step threw {type(error).__name__}: {error}")
         return args, kwargs
+
+    def _leave_sampler(
+        self, _: torch.nn.Module, args: tuple[Any, ...], output: "SamplerOutput"
+    ) -> None:
+        """Write down what guidance did to the tokens that were sampled."""
+        if not self.guidance.explanations.waiting:
+            return
+        try:
+            self.guidance.explanations.write(output.sampled_token_ids)
+        except Exception:  # an exception here would end the engine and every request
+            logger.exception("explanations cannot be written")
 
 
 def _choice_of(params: SamplingParams, key: str) -> Choice | None:

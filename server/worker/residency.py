@@ -7,7 +7,7 @@ is a `_Load`; all workers of an engine get the same calls in the same order.
 
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,15 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from server.settings import Settings
-from server.worker.blocks import BLOCK_SIZE, BlockPool, KVShape
+from server.worker.blocks import BLOCK_SIZE
 from server.worker.compilation import CompiledForwards
+from server.worker.configuration import TOKENS_PER_TARGET_TOKEN
 from server.worker.loading import Pieces, finish
-from server.worker.network import TOKENS_PER_TARGET_TOKEN, ValueNetwork
+from server.worker.network import ValueNetwork
+from server.worker.pools import Need, Pools
 from server.worker.translation import Readers
 from value_models.manifest import MANIFEST_FILE, Manifest
-from value_models.store import NetworkFolder, check_network
+from value_models.store import ModelFolder, NetworkFolder, check_network, model_path
 
 logger = init_logger(__name__)
 
@@ -108,8 +110,7 @@ class Residency:
         self._total = int(settings.value_memory_gb * (1 << 30))
         self._residents: dict[tuple[str, str], _Resident] = {}
         self._loads: dict[str, _Load] = {}
-        self._pools: list[BlockPool] = []
-        self._num_pools = 0
+        self._pools = Pools(vllm_config, settings.prefix_caching, device)
         self._forwards = CompiledForwards()
         self._readers = Readers()
         self._withheld = set(settings.withheld)
@@ -158,16 +159,17 @@ class Residency:
             "memory": {
                 "total_bytes": self._total,
                 "weights_bytes": self._weights(),
-                "kv_cache_bytes": self._kv_caches(),
+                "kv_cache_bytes": self._pools.num_bytes,
                 "loading_bytes": self._promised(),
                 "free_bytes": self._free(),
             },
         }
 
     def begin(self, load: Reply) -> Reply:
-        """Promise memory to a load: `id`, `name`, `source`, `owner`, `num_parameters`, `kv_shape`
-        (layers, KV heads, head size), `vocab_size`, `max_context`, `mapped`, and whether it may
-        `supersede` one of that name that runs."""
+        """Promise memory to a load: `id`, `name`, `source`, `owner`, `models`, `vocab_size`,
+        `max_context`, `mapped`, and whether it may `supersede` one of that name that runs. Of each
+        model: `role`, `num_parameters`, `kv_shape` (layers, KV heads, head size), `vocab_size`,
+        `max_context`."""
         running = self._running(load["name"])
         if running is not None and not load["supersede"]:
             return {"refused": "loading"}
@@ -178,7 +180,7 @@ class Residency:
             return refused | self.status()
         if running is not None:
             running.free()
-            self._drop_unused_pools()
+            self._pools.drop_unused()
         self._forget_loads(load["name"])
         self._loads[load["id"]] = _Load(
             load["id"], load["name"], load["source"], load["owner"], time.time(), needed, load
@@ -267,7 +269,7 @@ class Residency:
             self._fail(load, reason)
             if forget:
                 del self._loads[load_id]
-            self._drop_unused_pools()
+            self._pools.drop_unused()
         return self.status()
 
     def retire(self, reference: str, withhold: bool) -> Reply:
@@ -277,7 +279,7 @@ class Residency:
             for load in [load for load in self._loads.values() if load.name == name]:
                 load.free()
                 del self._loads[load.id]
-            self._drop_unused_pools()
+            self._pools.drop_unused()
         for key, resident in self._residents.items():
             if key[0] == name and (not pinned or key[1] == version):
                 resident.draining = True
@@ -293,7 +295,7 @@ class Residency:
         if resident is not None and resident.draining:
             del self._residents[name, version]
             resident.network.free()
-            self._drop_unused_pools()
+            self._pools.drop_unused()
             self.revision += 1
             del resident
             gc.collect()  # a model refers to itself in many ways; since `settle` this takes little
@@ -318,17 +320,14 @@ class Residency:
                 logger.exception("value network %s cannot be loaded", name)
                 self._note_failure(name, source, _reason(error))
         # The largest contexts first: smaller ones find room in their pools.
-        least = {load.id: load.network.kv_shape.bytes_for(load.network.longest) for load in built}
-        built.sort(key=lambda load: -least[load.id])
+        built.sort(key=lambda load: -load.network.max_context)
         while built:
             load = built.pop(0)
             source = self._settings.sources.get(load.name)
-            wanted = {(other.network.kv_shape, least[other.id]) for other in built}
-            kept = sum(num_bytes for _, num_bytes in wanted)
-            share = (self._free() - kept) // (2 * (1 + len(wanted)))
+            others = {need for o in built for need in self._pools.missing(o.network).items()}
             try:
                 load.warming = True
-                finish(self._bind(load, pool_bytes=share))
+                finish(self._bind(load, others))
                 load.pieces = None
                 self.commit(load.id)
                 self._residents[load.name, load.version].source = source
@@ -337,7 +336,7 @@ class Residency:
                     raise
                 logger.exception("value network %s cannot be loaded", load.name)
                 self._fail(load, _reason(error))
-        self._drop_unused_pools()
+        self._pools.drop_unused()
 
     def _build(self, load: _Load, folder: NetworkFolder, may_compile: bool) -> Pieces:
         network = yield from ValueNetwork.build(
@@ -350,35 +349,19 @@ class Residency:
             self._device,
         )
         load.network = network
-        needed = network.weights_bytes + self._pool_needed(network)
+        needed = network.weights_bytes + sum(self._pools.missing(network).values())
         self._check_memory(needed, self._free() + load.promised_bytes)
         load.promised_bytes = needed
 
-    def _bind(self, load: _Load, pool_bytes: int | None = None) -> Pieces:
+    def _bind(self, load: _Load, others: Collection[Need] = ()) -> Pieces:
         network = load.network
         assert network is not None
-        pool = self._pool(network.kv_shape, network.longest)
-        if pool is None:
-            free = self._free() + load.promised_bytes - network.weights_bytes
-            least = network.kv_shape.bytes_for(network.longest)
-            self._check_memory(least, free)
-            share = free // 2 if pool_bytes is None else pool_bytes
-            # Full contexts of all rows, and as much again of prefixes to be used again.
-            most = 2 * least * self._config.scheduler_config.max_num_seqs
-            pool = BlockPool(
-                f"pool-{self._num_pools}",
-                network.config,
-                network.kv_shape,
-                max(min(share, free, most), least),
-                self._device,
-                self._settings.prefix_caching,
-            )
-            self._num_pools += 1
-            self._pools.append(pool)
+        free = self._free() + load.promised_bytes - network.weights_bytes
+        self._check_memory(sum(self._pools.missing(network).values()), free)
+        pools = self._pools.provide(network, free, others)
         load.promised_bytes = network.weights_bytes
         self._order += 1
-        yield from network.bind(pool, self._forwards, self._order)
-        network.seconds, network.num_tokens = 0.0, 0
+        yield from network.bind(pools, self._forwards, self._order)
 
     def _next_piece(self, load: _Load) -> str:
         """Do one piece of a load. Returns its state: building, built or failed."""
@@ -393,7 +376,7 @@ class Residency:
                 raise
             logger.exception("value network %s cannot be loaded", load.name)
             self._fail(load, _reason(error))
-            self._drop_unused_pools()
+            self._pools.drop_unused()
             return "failed"
         return "building"
 
@@ -416,39 +399,23 @@ class Residency:
         """Estimate what a network will take that nobody has read yet."""
         ranks = self._config.parallel_config.tensor_parallel_size
         itemsize = self._config.model_config.dtype.itemsize
-        layers, heads, head_size = load["kv_shape"]
-        heads = max(1, heads // ranks)
         limit = self._config.model_config.max_model_len
         longest = min(
             load["max_context"], limit * (TOKENS_PER_TARGET_TOKEN if load["mapped"] else 1)
         )
-        weights = load["num_parameters"] * itemsize // ranks
-        for pool in self._pools:
-            layer = pool.shape.layer
-            of_pool = pool.shape.num_layers, layer.num_kv_heads, layer.head_size
-            if of_pool == (layers, heads, head_size) and pool.num_tokens >= longest:
-                return weights
         num_blocks = -(-longest // BLOCK_SIZE) + 1
-        return weights + num_blocks * BLOCK_SIZE * layers * heads * head_size * 2 * itemsize
-
-    def _pool_needed(self, network: ValueNetwork) -> int:
-        """Memory of the pool that a network needs and that is not there."""
-        if self._pool(network.kv_shape, network.longest) is not None:
-            return 0
-        return network.kv_shape.bytes_for(network.longest)
-
-    def _pool(self, shape: KVShape, longest: int) -> BlockPool | None:
-        pools = (pool for pool in self._pools if pool.shape == shape)
-        return next((pool for pool in pools if pool.num_tokens >= longest), None)
+        weights = sum(model["num_parameters"] for model in load["models"]) * itemsize // ranks
+        pools = 0
+        for layers, heads, head_size in {tuple(model["kv_shape"]) for model in load["models"]}:
+            heads = max(1, heads // ranks)
+            if not self._pools.has_room(layers, heads, head_size, longest):
+                pools += num_blocks * BLOCK_SIZE * layers * heads * head_size * 2 * itemsize
+        return weights + pools
 
     def _held_by(self, load: _Load) -> int:
-        """Memory that comes back if a load ends: its promise, and a pool made for it alone."""
-        pool = None if load.network is None else load.network.pool
-        alone = pool is not None and pool.num_networks == 1
-        return load.promised_bytes + (pool.num_bytes if alone else 0)
-
-    def _drop_unused_pools(self) -> None:
-        self._pools = [pool for pool in self._pools if pool.num_networks]
+        """Memory that comes back if a load ends: its promise, and pools made for it alone."""
+        pools = 0 if load.network is None else self._pools.held_alone_by(load.network)
+        return load.promised_bytes + pools
 
     def _check_memory(self, needed: int, free: int) -> None:
         if needed > free:
@@ -460,18 +427,16 @@ class Residency:
     def _weights(self) -> int:
         return sum(network.weights_bytes for network in self.networks())
 
-    def _kv_caches(self) -> int:
-        return sum(pool.num_bytes for pool in self._pools)
-
     def _promised(self) -> int:
         return sum(load.promised_bytes for load in self._loads.values())
 
     def _free(self) -> int:
-        return max(0, self._total - self._weights() - self._kv_caches() - self._promised())
+        return max(0, self._total - self._weights() - self._pools.num_bytes - self._promised())
 
     def _describe(self, resident: _Resident) -> Reply:
         network = resident.network
-        folder, table, pool = network.folder, network.table, network.pool
+        folder, pool = network.folder, network.pools[0]
+        tables = [model.table for model in network.models.values()]
         state = "draining" if resident.draining else "failed" if network.failure else "ready"
         return {
             "name": folder.name,
@@ -486,6 +451,7 @@ class Residency:
             "max_context": network.max_context,
             "vocab_size": folder.vocab_size,
             "mapped": network.translator is not None,
+            "dynamic": network.knows_base,
             "num_parameters": folder.num_parameters,
             "weights_bytes": network.weights_bytes,
             "loaded_at": resident.loaded_at,
@@ -493,11 +459,11 @@ class Residency:
             "last_used": network.last_used,
             "forward_seconds": network.seconds,
             "forward_tokens": network.num_tokens,
-            "prefix_queries": table.prefix_queries,
-            "prefix_hits": table.prefix_hits,
-            "kv_tokens": int(table.computed.sum()),
-            "drops": table.drops,
-            "rows": len(table.requests),
+            "prefix_queries": sum(table.prefix_queries for table in tables),
+            "prefix_hits": sum(table.prefix_hits for table in tables),
+            "kv_tokens": sum(int(table.computed.sum()) for table in tables),
+            "drops": sum(table.drops for table in tables),
+            "rows": sum(len(table.requests) for table in tables),
             "pool": {
                 "id": pool.id,
                 "kv_cache_bytes": pool.num_bytes,
@@ -514,11 +480,18 @@ def _checked(load: _Load, folder: Path) -> NetworkFolder:
         path=folder,
         manifest=Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes()),
         version=load.version,
-        vocab_size=load.facts["vocab_size"],
-        max_context=load.facts["max_context"],
-        num_parameters=load.facts["num_parameters"],
-        num_bytes=0,
-        kv_shape=tuple(load.facts["kv_shape"]),
+        models=tuple(
+            ModelFolder(
+                role=model["role"],
+                path=model_path(folder, model["role"]),
+                vocab_size=model["vocab_size"],
+                max_context=model["max_context"],
+                num_parameters=model["num_parameters"],
+                num_bytes=0,
+                kv_shape=tuple(model["kv_shape"]),
+            )
+            for model in load.facts["models"]
+        ),
         vocabulary_maps=(),
     )
 

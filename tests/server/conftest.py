@@ -18,6 +18,8 @@ BROKEN = (
     "broken-response",
     "broken-n",
     "broken-grammar",
+    "broken-scores-whole",
+    "broken-scores-stream",
 )
 
 

@@ -116,7 +116,7 @@ class Worker:
         running = [i for i, other in self.loads.items() if other["name"] == load["name"]]
         if not load["supersede"] and any(self.loads[i]["state"] == "loading" for i in running):
             return {"refused": "loading"}
-        needed = 2 * load["num_parameters"]
+        needed = 2 * sum(model["num_parameters"] for model in load["models"])
         free = self._free() + sum(self.needed.get(i, 0) for i in running)
         if needed > free:
             numbers = {"needed": needed, "free": free, "total": self.total_bytes}

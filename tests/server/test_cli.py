@@ -12,7 +12,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.models import OTHER_TEXT, make_tokenizer
+from tests.models import OTHER_TEXT, make_network, make_tokenizer
+from tests.server.conftest import SMALL
 from tests.server.serving import TARGET, serving, trimtab
 
 GREEDY = {"temperature": 0}
@@ -51,6 +52,35 @@ def test_check_describes_a_network_or_says_what_is_wrong(checkpoints: Path) -> N
     code, output, errors = run("check", network, "--target", checkpoints / "nothing")
     assert (code, output) == (2, "")
     assert "no tokenizer can be loaded" in errors and len(errors.splitlines()) == 1
+
+
+def test_check_says_what_a_network_can_be_used_for(checkpoints: Path, tmp_path: Path) -> None:
+    _, output, _ = run("check", checkpoints / "networks" / "qa")
+    assert re.search("dynamic +no", output)
+    moved = make_network(tmp_path / "moved", **SMALL, reference={"seed": 1})
+    code, output, _ = run("check", moved)
+    assert code == 0
+    assert re.search("dynamic +yes", output)
+    assert re.search(r"parameters ([0-9,]+)\n +[0-9,]+ value\n +[0-9,]+ reference\n", output)
+
+
+def test_a_pair_is_made_and_checked(checkpoints: Path, tmp_path: Path) -> None:
+    pair = ("--expert", checkpoints / "target", "--antiexpert", checkpoints / "networks" / "qa")
+    out = tmp_path / "proxy"
+    code, output, errors = run("pair", *pair, "--out", out, "--link", "--scale", 0.5)
+    assert (code, errors) == (0, "")
+    assert re.match(r"proxy@[0-9a-f]{8}: sound\n", output)
+    assert "contrast" in output and re.search(r"[0-9,]+ expert\n +[0-9,]+ antiexpert\n", output)
+    assert re.search("dynamic +yes", output)
+    assert f"trimtab serve TARGET --value-network proxy={out}" in output.splitlines()[-1]
+    code, checked, _ = run("check", out, "--target", checkpoints / "target")
+    assert code == 0 and checked.startswith(output.rpartition("Serve")[0])
+    code, output, errors = run("pair", *pair, "--out", out)
+    assert (code, output) == (2, "")
+    assert "already there" in errors and len(errors.splitlines()) == 1
+    code, output, _ = run("pair", "--help")
+    assert code == 0
+    assert "must not be changed in place" in " ".join(output.split())
 
 
 def test_publish_puts_a_network_into_a_store(checkpoints: Path, tmp_path: Path) -> None:

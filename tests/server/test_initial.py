@@ -11,7 +11,7 @@ from server import initial
 from server.initial import Chosen, LaunchError, Memory, NoRoom, Plan, copy_networks, plan
 from server.lifecycle.state_file import RememberedNetwork, State, read_state, write_state
 from server.settings import Settings
-from tests.models import OTHER_TEXT, make_network, make_tokenizer
+from tests.models import OTHER_TEXT, make_contrast, make_network, make_tokenizer
 from tests.server.conftest import SMALL
 from value_models.manifest import tokenizer_fingerprint
 from value_models.snapshot import snapshot
@@ -282,6 +282,22 @@ def test_networks_of_one_shape_share_a_cache(networks: Path) -> None:
     with pytest.raises(NoRoom):
         Memory(weights + pool - 1, 2, 1, 1000).check(qa, False)
     Memory(weights + 2 * pool, 4, 2, 1000).check(qa, False)  # twice the size, on two workers
+
+
+def test_each_model_takes_its_own(tmp_path: Path) -> None:
+    two = {"hidden_size": 32, "heads": 1, "max_position_embeddings": 256}
+    shared = check_network(make_contrast(tmp_path / "shared", **two))
+    apart = check_network(make_contrast(tmp_path / "apart", **two, antiexpert={"layers": 1}))
+    for network, pools in ((shared, 1), (apart, 2)):
+        caches = {model.kv_shape: model.kv_bytes_per_token for model in network.models}
+        assert len(caches) == pools
+        needed = 2 * network.num_parameters + (256 + 32) * sum(caches.values())
+        Memory(needed, 2, 1, 1000).check(network, False)
+        with pytest.raises(NoRoom):
+            Memory(needed - 1, 2, 1, 1000).check(network, False)
+    memory = Memory(2 * needed, 2, 1, 1000)
+    memory.add(apart, False)
+    memory.check(apart, False)
 
 
 def test_a_short_target_needs_a_short_cache(networks: Path) -> None:

@@ -2,16 +2,23 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from server import run_directory
 from server.launch import LaunchError, prepare
 from server.settings import ENVIRONMENT_VARIABLE, Settings, key_digest
+from server.token_bytes import TokenBytes
 from tests.models import (
     OTHER_TEXT,
+    make_contrast,
     make_mapped_network,
     make_model,
     make_network,
@@ -165,13 +172,25 @@ def test_networks_that_cannot_be_served_are_refused(
     assert "trimtab align" in refusal(target, "--value-network", f"qa={tmp_path / 'other'}")
 
 
-@pytest.mark.parametrize("kind", ["cascade", "cascade+", "contrast"])
+@pytest.mark.parametrize("kind", ["cascade", "cascade+"])
 def test_kinds_that_cannot_be_served_are_refused_in_a_line(
     target: str, tmp_path: Path, kind: str
 ) -> None:
     network = make_network(tmp_path / "network", **SMALL, kind=kind)
     message = refusal(target, "--value-network", f"qa={network}")
     assert f"'{kind}' cannot be served yet" in message and "\n" not in message
+
+
+def test_networks_of_several_models_are_served(target: str, tmp_path: Path) -> None:
+    proxy = make_contrast(tmp_path / "proxy", **SMALL)
+    moved = make_network(tmp_path / "moved", **SMALL, reference={"seed": 1})
+    _, launched = prepare(
+        [target, "--value-network", f"proxy={proxy}", "--value-network", f"moved={moved}"]
+    )
+    assert re.search(r", contrast, [0-9,]+ parameters in 2 models$", launched.networks["proxy"])
+    assert re.search(r", residual, [0-9,]+ parameters in 2 models$", launched.networks["moved"])
+    copied = Settings.load().networks["proxy"]
+    assert (copied / "antiexpert" / "model.safetensors").is_file()
 
 
 def test_a_network_of_another_vocabulary_is_served_through_its_map(
@@ -222,7 +241,14 @@ def test_how_networks_come_and_go_can_be_chosen(target: str, checkpoints: Path) 
 
 @pytest.mark.parametrize(
     "flags",
-    ["--value-memory-gb 0", "--value-memory-gb nan", "--load-timeout -1", "--max-body-mb 0"],
+    [
+        "--value-memory-gb 0",
+        "--value-memory-gb nan",
+        "--load-timeout -1",
+        "--max-body-mb 0",
+        "--max-networks-per-request 0",
+        "--max-networks-per-request 9",
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused(target: str, flags: str) -> None:
     message = refusal(target, *flags.split())
@@ -237,6 +263,34 @@ def test_a_server_has_a_private_directory_that_it_holds(target: str, qa: str) ->
     assert settings.networks["qa"].parent == settings.run_dir / "networks"
     with (settings.run_dir / "alive").open() as alive, pytest.raises(BlockingIOError):
         fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_how_many_networks_a_request_may_combine_can_be_chosen(target: str) -> None:
+    prepare([target])
+    assert Settings.load().max_networks == 4
+    prepare([target, "--max-networks-per-request", "2"])
+    assert Settings.load().max_networks == 2
+
+
+def test_what_the_targets_tokens_spell_is_written_down(target: str) -> None:
+    prepare([target])
+    settings = Settings.load()
+    assert settings.run_dir is not None
+    assert settings.token_bytes == settings.run_dir / "token-bytes"
+    ids = make_tokenizer()("Ana Kovac, 東京")["input_ids"]
+    assert TokenBytes.load(settings.token_bytes).text(ids) == "Ana Kovac, 東京".encode()
+
+
+def test_a_target_whose_tokens_spell_nothing_known_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="b")
+    prepare([str(make_model(tmp_path / "words", vocab_size=64, tokenizer=tokenizer))])
+    settings = Settings.load()
+    assert settings.token_bytes is None and settings.run_dir is not None
+    assert not (settings.run_dir / "token-bytes").exists()
 
 
 def test_a_refused_start_leaves_nothing(target: str, tmp_path: Path) -> None:

@@ -144,6 +144,8 @@ def settle(case: Case) -> None:
     if case.path in SOUND:
         if draw.random() < 0.8:
             kept = draw.sample(sorted(body, key=str), min(len(body), draw.choice((0, 1, 1, 2, 3))))
+            if "value_guidance" in body and draw.random() < 0.3:
+                kept.append("value_guidance")
             fields = {name: body[name] for name in kept}
             body.clear()
             body.update(SOUND[case.path] | fields)
@@ -151,6 +153,14 @@ def settle(case: Case) -> None:
                 body["stream"] = True
         if draw.random() < 0.9:
             body["model"] = draw.choice((TARGET, TARGET, "qa"))
+    guidance = body.get("value_guidance")
+    if isinstance(guidance, dict) and draw.random() < 0.7:
+        # Names out of nowhere are refused before the settings are read.
+        names = draw.sample(("qa", "json", "short"), draw.choice((1, 2)))
+        guidance["networks"] = [
+            {"name": name, "scale": draw.choice((None, -1, 2))} for name in names
+        ]
+        body["model"] = TARGET
     limits = {limit: SOUND.get(case.path, {}).get(limit) for limit in OUTPUT_LIMITS}
     for limit, sound in limits.items():
         if sound is not None and not isinstance(body.get(limit), int):

@@ -32,7 +32,7 @@ def stale(place: Path, name: str = "trimtab-00000000000000aa") -> Path:
 def test_it_is_private_and_in_memory(places: Path) -> None:
     directory = run_directory.create(INSTANCE, 1)
     assert directory == places / "memory" / f"trimtab-{INSTANCE}"
-    assert sorted(path.name for path in directory.iterdir()) == ["alive", "networks"]
+    assert sorted(path.name for path in directory.iterdir()) == ["alive", "explain", "networks"]
     assert directory.stat().st_mode & 0o777 == 0o700
     run_directory.remove(directory)
     assert not directory.exists()

@@ -7,9 +7,19 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.models import make_model
-from value_models.combine import add_value_logits
+from value_models.combine import add_value_logits, keep_target_in_charge, map_value_logits
 from value_models.connection import CONNECTIONS
-from value_models.guided import Guide, NetworkGuide, PairGuide, decode
+from value_models.demo.evaluate import WEIGHTS
+from value_models.fusion import divergence, solve_weights
+from value_models.guided import (
+    Guide,
+    NetworkGuide,
+    Opinion,
+    PairGuide,
+    combine,
+    decode,
+    load_guide,
+)
 
 PROMPTS = [[11, 300, 45], [20], [7, 8, 9, 10, 400, 32, 77]]
 NO_STOP: set[int] = set()
@@ -87,3 +97,92 @@ def test_stops_end_a_row_and_are_left_out(models: dict[str, PreTrainedModel]) ->
     stopped = decode(models["base"], [], PROMPTS, 12, {stop})
     for row, full in zip(stopped, free, strict=True):
         assert row == (full[: full.index(stop)] if stop in full else full)
+
+
+def opinions(num_networks: int, generator: torch.Generator) -> list[Opinion]:
+    """Of mixed kinds: padded less, padded more, of another vocabulary, steering away."""
+
+    def draw(size: int) -> torch.Tensor:
+        return 1.5 * torch.randn(size, generator=generator)
+
+    columns = torch.randint(-1, 12, (25,), generator=generator)
+    columns[:4] = torch.arange(4)
+    said = [
+        Opinion(draw(28), 1.5, draw(30)),
+        Opinion(draw(34), -1.2, draw(34)),
+        Opinion(draw(12), 2.0, draw(12), columns),
+        Opinion(draw(30), 0.7, draw(30)),
+    ]
+    return said[:num_networks]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("floor", [0.0, 0.01])
+@pytest.mark.parametrize("num_networks", [1, 2, 3, 4])
+def test_the_definition_agrees_with_what_runs_on_the_device(
+    num_networks: int, floor: float, dynamic: bool
+) -> None:
+    generator = torch.Generator().manual_seed(num_networks)
+    for _ in range(8):
+        target = 2 * torch.randn(30, generator=generator)
+        target[5] = target[29] = -torch.inf
+        said = opinions(num_networks, generator)
+        restricted, values, distances = target.clone(), [], []
+        for opinion in said:
+            columns = opinion.columns
+            value, missing = map_value_logits(opinion.value[None], 30, columns)
+            values.append(value[0])
+            if missing is not None:
+                restricted[missing] = -torch.inf
+            assert opinion.base is not None
+            base = opinion.base[: len(opinion.value)]
+            distances.append(divergence((base + opinion.value)[None], base[None]))
+        weights = torch.tensor([[opinion.scale for opinion in said]])
+        stacked = torch.stack(values)[None]
+        if dynamic:
+            found = solve_weights(restricted[None], stacked, torch.stack(distances, 1), weights)
+            weights = found.weights
+        guided = restricted[None] + (weights[:, :, None] * stacked).sum(1)
+        expected = keep_target_in_charge(guided, target[None], torch.tensor([[floor]]))[0]
+        reference = combine(target, said, dynamic=dynamic, floor=floor)
+        assert reference.dtype == torch.float64
+        torch.testing.assert_close(
+            reference.softmax(-1).float(), expected.softmax(-1), atol=2e-4, rtol=0
+        )
+        assert torch.equal(reference.isneginf(), expected.isneginf())
+
+
+def test_a_zero_scale_says_nothing() -> None:
+    target = torch.randn(5)
+    assert torch.equal(combine(target, [Opinion(torch.randn(3), 0.0)]), target.double())
+
+
+def test_dynamic_fusion_needs_bases() -> None:
+    with pytest.raises(ValueError, match="know their base"):
+        combine(torch.randn(5), [Opinion(torch.randn(5), 1.0)], dynamic=True)
+
+
+def test_several_guides_and_dynamic_fusion_decode(models: dict[str, PreTrainedModel]) -> None:
+    base, network, other = models["base"], models["network"], models["other"]
+    guides = [NetworkGuide(network, 0.7, reference=other), PairGuide(network, other, -0.4)]
+    static = decode(base, guides, PROMPTS, 6, NO_STOP)
+    dynamic = decode(base, guides, PROMPTS, 6, NO_STOP, dynamic=True)
+    assert static != dynamic
+    with torch.no_grad():
+        for row, prompt in enumerate(PROMPTS):
+            ids = list(prompt)
+            for token in dynamic[row]:
+                logits, net, ref = (m(torch.tensor([ids])).logits[0, -1] for m in models.values())
+                said = [Opinion(net, 0.7, ref), Opinion(net - ref, -0.4, ref)]
+                assert int(combine(logits, said, dynamic=True).argmax()) == token
+                ids.append(token)
+
+
+def test_a_folder_makes_the_guide_of_its_kind() -> None:
+    guide = load_guide(WEIGHTS / "networks" / "qa")
+    assert isinstance(guide, NetworkGuide)
+    assert guide.kind == "residual"
+    assert guide.reference is None
+    scaled = load_guide(WEIGHTS / "networks" / "qa", scale=-0.5)
+    assert isinstance(scaled, NetworkGuide)
+    assert scaled.scale == -0.5

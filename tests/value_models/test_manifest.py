@@ -76,3 +76,17 @@ def test_an_added_token_changes_the_fingerprint(tmp_path):
     before = tokenizer_fingerprint(tokenizer)
     tokenizer.add_tokens(["<|new|>"])
     assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_a_reference_is_of_residual_networks_only():
+    assert Manifest(**FIELDS, reference=True).reference
+    for kind in ("contrast", "cascade", "cascade+"):
+        with pytest.raises(ValidationError, match="only kind 'residual' has a reference"):
+            Manifest(**{**FIELDS, "kind": kind}, reference=True)
+
+
+def test_a_manifest_without_a_reference_does_not_speak_of_one():
+    """Else the versions of networks would be others than before there were references."""
+    assert "reference" not in Manifest(**FIELDS).model_dump_json()
+    written = Manifest(**FIELDS, reference=True).model_dump_json()
+    assert Manifest.model_validate_json(written).reference

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import make_network
+from tests.models import make_contrast, make_network
 from value_models import publish as module
 from value_models.manifest import MANIFEST_FILE
 from value_models.publish import publish, remove
@@ -70,6 +70,34 @@ def test_what_a_server_does_not_read_is_left_out(old: Path, store: Path, tmp_pat
     published = publish(folder, store)
     assert published.version == check_network(old).version
     assert not (store / "trained" / "checkpoints").exists()
+
+
+def test_all_models_of_a_network_are_published(store: Path, tmp_path: Path) -> None:
+    folder = make_contrast(tmp_path / "proxy", hidden_size=32, heads=1)
+    published = publish(folder, store)
+    assert published == Store(store).check("proxy")
+    assert published.version == check_network(folder).version
+    assert published.models[0].path == store / "proxy" / "expert"
+    (folder / "antiexpert" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(NetworkError, match=r"antiexpert/: model.safetensors is truncated"):
+        publish(folder, store)
+    assert Store(store).check("proxy") == published
+
+
+def test_all_models_are_on_disk_before_the_network_is_there(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_contrast(tmp_path / "proxy", hidden_size=32, heads=1)
+    synced: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert not (store / "proxy").exists() or synced[-1] == str(store)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    publish(folder, store)
+    ends = {"expert", "antiexpert", "expert/model.safetensors", "antiexpert/config.json"}
+    assert all(any(path.endswith(f"/{end}") for path in synced) for end in ends)
 
 
 def test_others_may_read_what_is_published(old: Path, store: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import TEXT, make_network, make_tokenizer
+from tests.models import TEXT, make_contrast, make_network, make_tokenizer
 from value_models import snapshot as module
 from value_models.manifest import MANIFEST_FILE
 from value_models.snapshot import remove_unfinished, snapshot
@@ -30,6 +30,19 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(pristine: Path, tmp_path: Path) -> Path:
     """A network that nobody has touched for long."""
     copy = Path(shutil.copytree(pristine, tmp_path / "store" / "tab"))
+    for path in (*copy.rglob("*"), copy):
+        os.utime(path, (1e9, 1e9))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def pristine_contrast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_contrast(tmp_path_factory.mktemp("pristine") / "proxy", hidden_size=32, heads=1)
+
+
+@pytest.fixture
+def contrast(pristine_contrast: Path, tmp_path: Path) -> Path:
+    copy = Path(shutil.copytree(pristine_contrast, tmp_path / "store" / "proxy"))
     for path in (*copy.rglob("*"), copy):
         os.utime(path, (1e9, 1e9))
     return copy
@@ -289,3 +302,55 @@ def test_a_store_is_a_source(folder: Path, into: Path) -> None:
     store = Store(folder.parent)
     (store.directory / "alias").symlink_to("tab")
     assert snapshot(store.folder("alias"), "qa", into, ROOM).path.name.startswith("qa@")
+
+
+def test_a_snapshot_has_all_models(contrast: Path, into: Path) -> None:
+    (contrast / "expert" / "README.md").write_text("not read by a server")
+    source = check_network(contrast)
+    copy = snapshot(contrast, "qa", into, ROOM)
+    assert copy.version == source.version
+    assert [model.path for model in copy.models] == [copy.path / "expert", copy.path / "antiexpert"]
+    assert check_network(copy.path, "qa") == copy
+    assert not (copy.path / "expert" / "README.md").exists()
+    shutil.rmtree(contrast)
+    assert check_network(copy.path, "qa") == copy
+
+
+def test_models_keep_their_times(contrast: Path, into: Path) -> None:
+    copy = snapshot(contrast, "qa", into, ROOM).path
+    for folder in (copy, copy / "expert", copy / "antiexpert"):
+        assert {path.stat().st_mtime for path in (folder, *folder.iterdir())} == {1e9}
+
+
+def test_a_model_counts_towards_the_room(contrast: Path, into: Path) -> None:
+    total = sum(file.stat().st_size for file in contrast.rglob("*") if file.is_file())
+    expert = (contrast / "expert" / WEIGHTS).stat().st_size
+    assert "that there is room for" in refusal(contrast, into, total - expert // 2)
+
+
+def test_a_model_that_is_written_meanwhile_is_refused(
+    contrast: Path, into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write() -> None:
+        with (contrast / "antiexpert" / WEIGHTS).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+
+    in_copying(monkeypatch, write, f"expert/{WEIGHTS}")
+    assert "being written" in refusal(contrast, into)
+
+
+def test_a_model_that_becomes_a_link_is_not_followed(
+    contrast: Path, into: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "config.json").write_text("{}")
+
+    def swap() -> None:
+        (contrast / "expert").rename(tmp_path / "expert")
+        (contrast / "expert").symlink_to(tmp_path / "secret")
+
+    in_copying(monkeypatch, swap, "expert/config.json")
+    with pytest.raises(NetworkError):
+        snapshot(contrast, "qa", into, ROOM)
+    assert not list(into.iterdir())

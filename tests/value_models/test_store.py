@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models import OTHER_TEXT, make_network, make_tokenizer
+from tests.models import OTHER_TEXT, make_contrast, make_network, make_tokenizer
 from value_models.manifest import MANIFEST_FILE, tokenizer_fingerprint
 from value_models.store import (
     DirectoryError,
@@ -18,11 +19,21 @@ from value_models.store import (
     Store,
     check_fits,
     check_network,
+    files_that_count,
 )
 from value_models.vocabulary.align import align_vocabularies
 from value_models.vocabulary.tokens import Vocabulary, load_tokenizer
 
 WEIGHTS = "model.safetensors"
+COUNTING = (
+    MANIFEST_FILE,
+    WEIGHTS,
+    "config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +44,29 @@ def pristine(tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(pristine, tmp_path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "tab"))
+
+
+@pytest.fixture(scope="session")
+def pristine_contrast(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pristine") / "proxy"
+    small = {"hidden_size": 32, "heads": 1, "layers": 3, "max_position_embeddings": 256}
+    return make_contrast(path, vocab_size=576, antiexpert=small)
+
+
+@pytest.fixture
+def contrast(pristine_contrast, tmp_path) -> Path:
+    return Path(shutil.copytree(pristine_contrast, tmp_path / "proxy"))
+
+
+@pytest.fixture(scope="session")
+def pristine_referenced(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pristine") / "moved"
+    return make_network(path, reference={"seed": 1, "layers": 1, "max_position_embeddings": 300})
+
+
+@pytest.fixture
+def referenced(pristine_referenced, tmp_path) -> Path:
+    return Path(shutil.copytree(pristine_referenced, tmp_path / "moved"))
 
 
 def edit_json(file: Path, **changes) -> None:
@@ -291,7 +325,7 @@ def test_without_the_version_neither_weights_nor_tokenizer_are_read(folder):
 
 
 def test_what_it_needs_for_its_cache_is_told(folder):
-    assert check_network(folder).kv_shape == (2, 1, 32)
+    assert check_network(folder).models[0].kv_shape == (2, 1, 32)
     config = json.loads((folder / "config.json").read_text())
     del config["head_dim"], config["num_key_value_heads"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -507,3 +541,229 @@ def test_a_tokenizer_that_transformers_adds_tokens_to_is_the_manifests(tmp_path:
     manifest = json.loads((folder / "value_network.json").read_text())
     assert manifest["tokenizer_fingerprint"] != tokenizer_fingerprint(load_tokenizer(folder))
     assert check_network(folder).version
+
+
+def test_a_contrast_network_is_described(contrast):
+    network = check_network(contrast)
+    expert, antiexpert = network.models
+    assert (expert.role, antiexpert.role) == ("expert", "antiexpert")
+    assert (expert.path, antiexpert.path) == (contrast / "expert", contrast / "antiexpert")
+    assert (expert.kv_shape, antiexpert.kv_shape) == ((2, 1, 32), (3, 1, 32))
+    assert network.vocab_size == min(expert.vocab_size, antiexpert.vocab_size) < 600
+    assert network.max_context == antiexpert.max_context == 256 < expert.max_context
+    assert network.num_parameters == expert.num_parameters + antiexpert.num_parameters
+    assert network.num_bytes == sum(file.stat().st_size for file in contrast.glob(f"*/{WEIGHTS}"))
+    assert network.kv_bytes_per_token == 2 * 2 * (2 + 3) * 1 * 32
+    assert network.knows_base
+    check_fits(network, tokenizer_fingerprint(make_tokenizer()))
+
+
+def test_a_network_with_a_reference_is_described(referenced):
+    network = check_network(referenced)
+    value, reference = network.models
+    assert (value.role, reference.role) == ("value", "reference")
+    assert (value.path, reference.path) == (referenced, referenced / "reference")
+    assert network.vocab_size == value.vocab_size
+    assert network.max_context == reference.max_context == 300
+    assert network.num_parameters == value.num_parameters + reference.num_parameters
+    assert network.knows_base
+
+
+def test_without_a_reference_the_base_is_not_known(folder):
+    network = check_network(folder)
+    assert [model.role for model in network.models] == ["value"]
+    assert not network.knows_base
+
+
+def test_a_reference_of_fewer_logits_does_not_narrow_the_network(tmp_path):
+    folder = make_network(tmp_path / "tab", vocab_size=640, reference={"vocab_size": 512})
+    assert check_network(folder).vocab_size == 640
+
+
+def test_a_renamed_network_has_its_models_there(contrast, tmp_path):
+    moved = check_network(contrast).moved(tmp_path / "elsewhere")
+    contrast.rename(tmp_path / "elsewhere")
+    assert check_network(tmp_path / "elsewhere", "proxy") == moved
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "config.json"])
+@pytest.mark.parametrize("role", ["expert", "antiexpert"])
+def test_the_version_covers_all_models(contrast, role, file):
+    version = check_network(contrast).version
+    if file == WEIGHTS:
+        content = bytearray((contrast / role / file).read_bytes())
+        content[-1] ^= 1
+        (contrast / role / file).write_bytes(content)
+    else:
+        (contrast / role / file).write_bytes((contrast / role / file).read_bytes() + b"\n")
+    assert check_network(contrast).version != version
+
+
+def test_what_models_are_swapped_is_another_version(contrast):
+    version = check_network(contrast).version
+    (contrast / "expert").rename(contrast / "other")
+    (contrast / "antiexpert").rename(contrast / "expert")
+    (contrast / "other").rename(contrast / "antiexpert")
+    assert check_network(contrast).version != version
+
+
+def test_the_version_is_the_one_that_it_always_was(folder):
+    """Clients have pinned it: names of files and digests of their contents, sorted."""
+    digest = hashlib.sha256()
+    for name in sorted(path.name for path in folder.iterdir() if path.name in COUNTING):
+        content = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        digest.update(f"{name}\0{content}\n".encode())
+    assert check_network(folder).version == digest.hexdigest()[:8]
+
+
+def test_files_of_all_models_count(contrast, referenced, folder):
+    (contrast / "expert" / "generation_config.json").write_text("{}")
+    assert [name for name in files_that_count(contrast) if "/" in name] == [
+        "antiexpert/config.json",
+        f"antiexpert/{WEIGHTS}",
+        "expert/config.json",
+        f"expert/{WEIGHTS}",
+    ]
+    assert f"reference/{WEIGHTS}" in files_that_count(referenced)
+    assert not [name for name in files_that_count(folder) if "/" in name]
+
+
+@pytest.mark.parametrize("role", ["expert", "antiexpert"])
+def test_a_missing_model_is_named(contrast, role):
+    shutil.rmtree(contrast / role)
+    line = refusal(contrast)
+    assert f"no folder {role}/" in line and "trimtab pair" in line
+    (contrast / role).write_text("a file")
+    assert f"no folder {role}/" in refusal(contrast)
+
+
+def test_weights_beside_the_manifest_of_a_contrast_network(contrast):
+    shutil.copy(contrast / "expert" / WEIGHTS, contrast)
+    line = refusal(contrast)
+    assert f"{WEIGHTS} lies beside" in line and "expert/ and antiexpert/" in line
+
+
+def test_a_residual_network_that_calls_itself_a_contrast(folder):
+    edit_json(folder / MANIFEST_FILE, kind="contrast")
+    assert "no folder expert/" in refusal(folder)
+
+
+def test_a_reference_that_is_missing(referenced):
+    shutil.rmtree(referenced / "reference")
+    line = refusal(referenced)
+    assert "no folder reference/" in line and "trimtab train" in line
+
+
+def test_a_reference_that_the_manifest_does_not_name(referenced):
+    edit_json(referenced / MANIFEST_FILE, reference=False)
+    assert '("reference": true) or remove it' in refusal(referenced)
+
+
+def test_a_model_that_its_kind_does_not_have(contrast, folder):
+    shutil.copytree(contrast / "expert", contrast / "reference")
+    assert "a folder reference/" in refusal(contrast)
+    shutil.copytree(contrast / "expert", folder / "expert")
+    line = refusal(folder)
+    assert "a folder expert/" in line and "remove it" in line
+
+
+def test_a_contrast_network_has_no_reference(contrast):
+    edit_json(contrast / MANIFEST_FILE, reference=True)
+    assert "only kind 'residual' has a reference" in refusal(contrast)
+
+
+def spoil_weights(model: Path) -> None:
+    (model / WEIGHTS).write_bytes((model / WEIGHTS).read_bytes()[:-1])
+
+
+def ask_for_code(model: Path) -> None:
+    edit_json(model / "config.json", auto_map={"AutoConfig": "evil.Config"})
+
+
+def lie(model: Path) -> None:
+    edit_json(model / "config.json", vocab_size=100_000)
+
+
+def claim_many_layers(model: Path) -> None:
+    edit_json(model / "config.json", num_hidden_layers=10**9)
+
+
+def pickle(model: Path) -> None:
+    (model / "pytorch_model.bin").write_bytes(b"\x80")
+
+
+def link_weights(model: Path) -> None:
+    (model / WEIGHTS).rename(model.parent / "moved.tensors")
+    (model / WEIGHTS).symlink_to(model.parent / "moved.tensors")
+
+
+def grow_config(model: Path) -> None:
+    with (model / "config.json").open("ab") as file:
+        file.truncate(300 << 20)
+
+
+def drop_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def drop_weights(model: Path) -> None:
+    (model / WEIGHTS).unlink()
+
+
+def leave_a_shard(model: Path) -> None:
+    (model / WEIGHTS).rename(model / "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (spoil_weights, "truncated or corrupt"),
+        (ask_for_code, "asks for code from the checkpoint"),
+        (lie, "says vocab_size 100,000, but the weights have"),
+        (claim_many_layers, "no usable num_hidden_layers"),
+        (pickle, "looks like pickled weights"),
+        (link_weights, "is a link"),
+        (grow_config, "more than any network's"),
+        (drop_config, "no config.json"),
+        (drop_weights, "no safetensors weights"),
+        (leave_a_shard, "is one of several"),
+    ],
+)
+@pytest.mark.parametrize("role", ["expert", "antiexpert", "reference"])
+def test_each_model_is_checked_as_one_alone(contrast, referenced, role, spoil, named):
+    folder = referenced if role == "reference" else contrast
+    spoil(folder / role)
+    line = refusal(folder)
+    assert named in line and f"{role}/" in line
+
+
+def test_a_configuration_beside_the_tokenizer_is_checked_too(contrast):
+    shutil.copy(contrast / "expert" / "config.json", contrast)
+    check_network(contrast)
+    edit_json(contrast / "config.json", num_labels=10**9)
+    assert "no usable num_labels" in refusal(contrast)
+    (contrast / "config.json").unlink()
+    edit_json(contrast / "tokenizer_config.json", auto_map={"AutoTokenizer": "evil.Tokenizer"})
+    assert "asks for code" in refusal(contrast)
+
+
+def test_another_tokenizer_than_a_contrast_networks_is_refused(contrast):
+    make_tokenizer(OTHER_TEXT, 300).save_pretrained(contrast)
+    assert "put back the tokenizer" in refusal(contrast)
+
+
+@pytest.mark.parametrize("role", ["expert", "antiexpert"])
+def test_both_models_have_logits_for_all_tokens(tmp_path, role):
+    few = {"vocab_size": len(make_tokenizer()) - 1}
+    if role == "expert":
+        folder = make_contrast(tmp_path / "proxy", **few, antiexpert={"vocab_size": 600})
+    else:
+        folder = make_contrast(tmp_path / "proxy", antiexpert=few)
+    line = refusal(folder)
+    assert f"{role}/" in line and "use models of that tokenizer" in line
+
+
+def test_a_map_names_ids_that_both_models_have(contrast, tmp_path):
+    own = Vocabulary.of(make_tokenizer())
+    align_vocabularies(own, own, OTHER_TEXT.splitlines()).save(contrast)
+    assert check_network(contrast).vocabulary_maps == (own.fingerprint,)

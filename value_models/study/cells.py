@@ -14,7 +14,7 @@ from value_models.demo.evaluate import Score, knowledge, questions_about
 from value_models.guided import Guide, MappedGuide, NetworkGuide, PairGuide
 from value_models.store import check_network
 from value_models.study.family import NAMES, base_path, load_base
-from value_models.study.maps import load_map
+from value_models.study.maps import load_reader
 from value_models.study.measure import accuracy, answers
 from value_models.study.recipes import RECIPES, SEEDS, network_path, tuned_path
 from value_models.vocabulary.align import MapMethod
@@ -90,7 +90,8 @@ def _guides(cell: Cell, folder: Path) -> Iterator[Guide]:
         path = network_path(cell.recipe, cell.seed, folder)
         if cell.base == "foreign":
             method = MAP_METHODS[cell.method]
-            yield MappedGuide(_load(path), *load_map(method, folder), cell.scale)
+            guide = NetworkGuide(_load(path), cell.scale)
+            yield MappedGuide(guide, load_reader(method, folder))
         else:
             yield NetworkGuide(_load(path), cell.scale, check_network(path).manifest.kind)
 

@@ -32,12 +32,12 @@ def make_maps(folder: Path) -> None:
             align_vocabularies(value, target, texts, method=method).save(place)
 
 
-def load_map(method: MapMethod, folder: Path) -> tuple[VocabularyMap, Reader]:
-    """Load one of the maps that `make_maps` made, and what reads the target through it."""
+def load_reader(method: MapMethod, folder: Path) -> Reader:
+    """Load what reads the target through one of the maps that `make_maps` made."""
     tokenizers = [
         AutoTokenizer.from_pretrained(base_path(base, folder / "bases"))
         for base in ("small", "foreign")
     ]
     fingerprint = Vocabulary.of(tokenizers[1]).fingerprint
     vocabulary_map = VocabularyMap.load(map_file(folder / "maps" / method, fingerprint))
-    return vocabulary_map, Reader(vocabulary_map, tokenizers[0])
+    return Reader(vocabulary_map, tokenizers[0])

@@ -14,6 +14,7 @@ from transformers import (
     set_seed,
 )
 
+from value_models.checkpoint import Problem, find_checkpoint, read_checkpoint
 from value_models.connection import CONNECTIONS
 from value_models.manifest import tokenizer_fingerprint
 from value_models.training import TrainingError
@@ -95,6 +96,18 @@ def load_base(settings: Settings, dtype: torch.dtype, device: torch.device) -> P
     if "device_map" not in options:
         base.to(device)
     return base.eval().requires_grad_(False)
+
+
+def check_reference(settings: Settings) -> None:
+    """Check that the base can be kept beside the network, before anything is trained.
+
+    Raises:
+        TrainingError: no server could load it from there.
+    """
+    try:
+        read_checkpoint(find_checkpoint(settings.base))
+    except Problem as problem:
+        raise TrainingError(f"{settings.base}: cannot be kept as reference: {problem}") from problem
 
 
 def connect(network: PreTrainedModel, kind: str) -> None:

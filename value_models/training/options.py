@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--start", help="checkpoint that the network starts from (default: base)")
     add("--from-scratch", action="store_true", help="take its shape only, and random weights")
     _add(add, "kind", "how the network reads the base", choices=CONNECTIONS)
+    add(
+        "--reference",
+        action="store_true",
+        help="keep the base beside the network, so that it can be combined dynamically: the server "
+        "then runs both",
+    )
     add("--chat-template", type=Path, help="Jinja file, for a tokenizer without a chat template")
     _add(add, "max-length", "longest row in tokens; longer conversations keep the turns that fit")
     _add(add, "dtype", "of the weights on disk", choices=DTYPES)

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from value_models.checkpoint import Problem, copy_checkpoint, find_checkpoint
 from value_models.manifest import MANIFEST_FILE, Manifest, tokenizer_fingerprint
+from value_models.store import model_path
+from value_models.training import TrainingError
 from value_models.training.settings import Settings, model_name
 
 PACKAGES = ("torch", "transformers", "accelerate")
@@ -29,6 +32,9 @@ def write_network(
         network: as it was trained; under FSDP its own tensors are not whole.
         weights: all of its parameters, whole, by name.
         training: what the manifest says about data, steps and metrics.
+
+    Raises:
+        TrainingError: the base, which is to be kept, is no longer what it was at the start.
     """
     dtype = getattr(torch, settings.dtype)
     network.config.use_cache = True  # Trainer turns it off, for training only.
@@ -46,6 +52,7 @@ def write_network(
     manifest = Manifest(
         format_version=1,
         kind=settings.kind,  # type: ignore[arg-type]  # a str here, and pydantic checks it
+        reference=settings.reference,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         base=model_name(settings.base),
         description=settings.description,
@@ -62,3 +69,12 @@ def write_network(
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors lets only the owner read, and servers run as others
+    if settings.reference:
+        _keep_base(settings.base, folder)
+
+
+def _keep_base(base: str, folder: Path) -> None:
+    try:
+        copy_checkpoint(find_checkpoint(base), model_path(folder, "reference"))
+    except Problem as problem:
+        raise TrainingError(f"{base}: cannot be kept as reference: {problem}") from problem

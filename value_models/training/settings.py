@@ -57,6 +57,8 @@ class Settings:
     """Take only the shape of `start`, and random weights from `seed`."""
     kind: str = "residual"
     """How the network reads the base: a name in `value_models.connection.CONNECTIONS`."""
+    reference: bool = False
+    """Keep the base in the network's folder too, so that its distance from it can be measured."""
     chat_template: Path | None = None
     description: str = ""
     example: str = ""
@@ -139,6 +141,10 @@ class Settings:
                 if number is not None and not (math.isfinite(number) and holds(number)):
                     name = field.replace("held_out", "held-out").replace("_", " ")
                     raise TrainingError(f"{name} {number}: it must be {bound}, and finite")
+        if self.reference and self.kind != "residual":
+            raise TrainingError(
+                f"only a network of kind residual can have a reference, not {self.kind!r}"
+            )
         if self.held_out is not None and self.held_out_share:
             raise TrainingError("hold out a file or a share of the data, not both")
 
@@ -146,7 +152,7 @@ class Settings:
         """What shapes the result, without the paths of this machine."""
         fields = asdict(self)
         places = ("base", "data", "out", "start", "held_out", "log_dir", "base_device_map")
-        elsewhere = ("kind", "description", "example", "default_scale")
+        elsewhere = ("kind", "reference", "description", "example", "default_scale")
         for field in (*places, *elsewhere, "save_steps", "held_out_steps"):
             del fields[field]
         fields["start"] = model_name(self.start or self.base)

@@ -19,6 +19,7 @@ from value_models.training import TrainingError
 from value_models.training.batches import Collator, PackCollator, Packs, check_separation
 from value_models.training.data import Demonstrations, Examples, load_demonstrations
 from value_models.training.models import (
+    check_reference,
     connect,
     context,
     has_fast_bfloat16,
@@ -65,6 +66,9 @@ def train(settings: Settings) -> NetworkFolder:
             "--base-device-map spreads the base of one process over all GPUs; with several "
             "processes, quantise the base instead"
         )
+    if settings.reference:
+        with arguments.main_process_first(local=False):
+            check_reference(settings)
     tokenizer = load_tokenizer(settings)
     network = load_network(settings)
     dtype = getattr(torch, settings.precision)

@@ -1,3 +1,5 @@
+import json
+import math
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,8 +9,10 @@ import pytest
 from prometheus_client import REGISTRY
 
 from server.api.errors import ApiError
+from server.api.explanation import Explanation, Spelling
 from server.api.generation import CURRENT, GenerationDoor, GuidedRequest
-from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal
+from server.api.reasoning import Reasoning
+from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal, unseal
 from server.lifecycle.catalog import Catalog, Network
 from server.lifecycle.leases import Leases
 from tests.server.networks import Workers, report, status
@@ -31,6 +35,8 @@ class Engine:
         self.asked: list[Any] = []
         self.aborted = False
         self.on_abort: Callable[[], None] = lambda: None
+        self.before_output: Callable[[], None] = lambda: None
+        self.prompt_logprobs: Any = None
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -38,7 +44,10 @@ class Engine:
         self.asked.append((prompt, sampling_params, request_id, options))
         try:
             for reason in self.stop_reasons:
-                yield SimpleNamespace(outputs=[completion(reason)])
+                self.before_output()
+                yield SimpleNamespace(
+                    outputs=[completion(reason)], prompt_logprobs=self.prompt_logprobs
+                )
         except GeneratorExit:
             self.aborted = True
             self.on_abort()
@@ -115,6 +124,7 @@ async def door(
 def params(sealed: str | None = None, **changes: Any) -> Any:
     extra_args = {"other": 1} | ({EXTRA_ARG: sealed} if sealed else {})
     fields = {
+        "n": 1,
         "max_tokens": 16,
         "min_tokens": 0,
         "prompt_logprobs": None,
@@ -350,6 +360,215 @@ async def test_a_version_is_held_until_the_engine_has_let_go(
     assert leases.count("qa@3f2a91c0") == 0
 
 
+def settled(engine: Engine, asked: int = -1) -> Choice:
+    """The choice that reached the engine."""
+    _, sampling_params, _, _ = engine.asked[asked]
+    assert sampling_params.extra_args["other"] == 1
+    return unseal(sampling_params.extra_args[EXTRA_ARG], KEY)
+
+
+class TestReasoning:
+    """Guidance that waits until the target has thought."""
+
+    END = (7, 8)
+    AFTER = Choice((QA,), FAILURE_TOKEN, after=END)
+
+    @pytest.fixture
+    def parser_kwargs(self, door: GenerationDoor) -> list[dict[str, Any]]:
+        """What parsers are made with; reasoning has ended in a prompt that has a 5."""
+        made: list[dict[str, Any]] = []
+
+        def make_parser(**kwargs: Any) -> Any:
+            made.append(kwargs)
+            return SimpleNamespace(is_reasoning_end=lambda token_ids: 5 in token_ids)
+
+        door._reasoning = Reasoning(self.END, make_parser)
+        return made
+
+    async def ask(self, door: GenerationDoor, asked: Any, *token_ids: int, **options: Any) -> None:
+        prompt = {"type": "token", "prompt_token_ids": list(token_ids)}
+        async for _ in door.generate(prompt, asked, "r", **options):
+            pass
+
+    async def test_it_begins_at_once_where_the_prompt_has_ended_reasoning(
+        self, door: GenerationDoor, engine: Engine, parser_kwargs: list[dict[str, Any]]
+    ) -> None:
+        as_route()
+        asked = params(seal(self.AFTER, KEY))
+        await self.ask(door, asked, 1, 5)
+        assert settled(engine) == self.AFTER._replace(after=())
+        await self.ask(door, asked, 1, 2)
+        assert settled(engine) == self.AFTER, "another prompt, but the same parameters"
+
+    async def test_the_parser_knows_the_chats_template(
+        self, door: GenerationDoor, parser_kwargs: list[dict[str, Any]]
+    ) -> None:
+        as_route()
+        asked = params(seal(self.AFTER, KEY))
+        await self.ask(door, asked, 1, reasoning_parser_kwargs={"chat_template_kwargs": {"a": 1}})
+        await self.ask(door, asked, 1, reasoning_parser_kwargs=None)
+        assert parser_kwargs == [{"chat_template_kwargs": {"a": 1}}, {}]
+
+    async def test_nobody_parses_where_nobody_asked(
+        self, door: GenerationDoor, parser_kwargs: list[dict[str, Any]]
+    ) -> None:
+        as_route()
+        await self.ask(door, guided(), 1)
+        assert parser_kwargs == []
+
+
+class TestScoring:
+    """Log-probabilities of the prompt."""
+
+    SCORES = ({7: SimpleNamespace(logprob=-1.0)}, {8: SimpleNamespace(logprob=-math.inf)})
+    FAILED = ({7: SimpleNamespace(logprob=math.nan)},)
+
+    async def test_they_pass(self, door: GenerationDoor, engine: Engine) -> None:
+        as_route()
+        engine.prompt_logprobs = [None, *self.SCORES]
+        asked = guided(prompt_logprobs=1)
+        assert len([output async for output in door.generate(tokens(4), asked, "r")]) == 2
+        assert engine.asked[0][1].prompt_logprobs == 1
+
+    @pytest.mark.parametrize(
+        "part", [{"after": (7,)}, {"until_tokens": 1}, {"until_text": "x"}, {"until_text": ""}]
+    )
+    def test_vllms_own_are_dropped_where_a_part_is_guided(
+        self, door: GenerationDoor, engine: Engine, part: dict[str, Any]
+    ) -> None:
+        as_route()
+        sealed = seal(Choice((QA,), FAILURE_TOKEN, **part), KEY)
+        door.generate(tokens(4), params(sealed, prompt_logprobs=0), "r")
+        assert engine.asked == []  # nobody has iterated
+        asked = params(sealed, prompt_logprobs=0)
+        door.generate(tokens(4), asked, "r")
+        assert asked.prompt_logprobs is None
+
+    @pytest.mark.parametrize("network", [QA, FOREIGN])
+    async def test_scores_that_are_no_numbers_are_a_failure(
+        self, door: GenerationDoor, engine: Engine, workers: Workers, network: ChosenNetwork
+    ) -> None:
+        request = as_route(network)
+        engine.prompt_logprobs = [None, *self.SCORES, *self.FAILED]
+        with pytest.raises(Failed, match=f"{network} has failed for this request") as failed:
+            async for _ in door.generate(tokens(4), guided(network), "r"):
+                pytest.fail("it has been passed on")
+        assert engine.aborted
+        assert request.error is failed.value
+        reason = {"state": "failed", "reason": "it threw"}
+        mapped = network is FOREIGN
+        workers.replies = [[report(status(network.name, mapped=mapped, **reason))]]
+        with pytest.raises(Failed, match=f"{network} has failed: it threw"):
+            async for _ in door.generate(tokens(4), guided(network), "r"):
+                pass
+
+
+class TestExplaining:
+    """What guidance did to each token, for clients that ask."""
+
+    @pytest.fixture
+    def explanation(self, tmp_path: Path) -> Explanation:
+        folder = tmp_path / "explain"
+        folder.mkdir()
+        explanation = Explanation(folder, Spelling(str), [QA], choice_per_call=False)
+        as_route().explanation = explanation
+        return explanation
+
+    @pytest.fixture
+    def folder(self, explanation: Explanation) -> Path:
+        return explanation._folder
+
+    @staticmethod
+    def write_lines(engine: Engine, folder: Path) -> None:
+        """Have the workers write a line for each token of the latest request."""
+
+        def write() -> None:
+            line = {
+                "request": "r-00000000",
+                "kl": 0.5,
+                "target": [],
+                "guided": [],
+                "target_probability": 0.5,
+                "guided_probability": 0.5,
+                "networks": [],
+                "wanted": None,
+                "reached": None,
+                "masked": False,
+                "active": True,
+            }
+            name = settled(engine).explain
+            assert name is not None
+            position = 0 if (folder / name).read_text() == "" else 2
+            with (folder / name).open("a") as file:
+                for token in (position, position + 1):
+                    file.write(json.dumps(line | {"position": token, "token": token}) + "\n")
+
+        engine.before_output = write
+
+    async def test_lines_are_taken_up_with_their_tokens(
+        self, door: GenerationDoor, engine: Engine, explanation: Explanation, folder: Path
+    ) -> None:
+        self.write_lines(engine, folder)
+        told = []
+        async for _ in door.generate(tokens(4), guided(), "r"):
+            (entry,) = explanation.take(0)
+            told.append([token["token_id"] for token in entry["tokens"]])
+        assert told == [[0, 1], [2, 3]]
+        assert list(folder.iterdir()) == []
+
+    async def test_each_call_has_a_file_of_its_own(
+        self, door: GenerationDoor, engine: Engine, explanation: Explanation, folder: Path
+    ) -> None:
+        asked = guided()
+        for _ in range(2):
+            async for _ in door.generate(tokens(4), asked, "r"):
+                pass
+        first, second = settled(engine, 0), settled(engine, 1)
+        assert first.explain and second.explain and first.explain != second.explain
+        assert first._replace(explain=None) == Choice((QA,), FAILURE_TOKEN)
+        assert unseal(asked.extra_args[EXTRA_ARG], KEY).explain is None
+
+    async def test_nothing_is_recorded_where_nobody_asked(
+        self, door: GenerationDoor, engine: Engine, folder: Path
+    ) -> None:
+        as_route()
+        engine.before_output = lambda: files.extend(folder.iterdir())
+        files: list[Path] = []
+        async for _ in door.generate(tokens(4), guided(), "r"):
+            pass
+        assert settled(engine).explain is None
+        assert files == []
+
+    async def test_an_answer_that_nobody_waits_for_leaves_no_file(
+        self, door: GenerationDoor, engine: Engine, folder: Path
+    ) -> None:
+        door.generate(tokens(4), guided(), "r")  # another prompt was refused
+        assert list(folder.iterdir()) == []
+        outputs = door.generate(tokens(4), guided(), "r")
+        await anext(outputs)
+        assert len(list(folder.iterdir())) == 1
+        await outputs.aclose()  # the client has left
+        assert list(folder.iterdir()) == []
+
+    async def test_a_failure_leaves_no_file(
+        self, door: GenerationDoor, engine: Engine, folder: Path
+    ) -> None:
+        engine.stop_reasons = [FAILURE_TOKEN]
+        with pytest.raises(Failed):
+            async for _ in door.generate(tokens(4), guided(), "r"):
+                pass
+        assert list(folder.iterdir()) == []
+
+        def die() -> None:
+            raise RuntimeError("the engine is dead")
+
+        engine.before_output = die
+        with pytest.raises(RuntimeError):
+            async for _ in door.generate(tokens(4), guided(), "r"):
+                pass
+        assert list(folder.iterdir()) == []
+
+
 async def test_tokens_are_counted_by_network(door: GenerationDoor, engine: Engine) -> None:
     def counted(network: str) -> float:
         labels = {"network": network, "version": "3f2a91c0"}
@@ -436,7 +655,8 @@ class TestOtherVocabularies:
         async def generate(*_: Any, **__: Any) -> AsyncGenerator[Any, None]:
             grown = completion(FAILURE_TOKEN)
             grown.logprobs = ["of 5", "of the failure token"]
-            yield SimpleNamespace(outputs=[grown, completion(None, index=1)])
+            outputs = [grown, completion(None, index=1)]
+            yield SimpleNamespace(outputs=outputs, prompt_logprobs=None)
 
         door._generate = generate
         as_route(FOREIGN)

@@ -2,16 +2,24 @@
 
 import asyncio
 import json
+import math
+import re
 import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.server.conftest import BROKEN
+from server.run_directory import SHARED_MEMORY
+from tests.models import make_contrast
+from tests.server.conftest import BROKEN, SMALL
 from tests.server.serving import TARGET, Served
 
 CHAT = "/v1/chat/completions"
@@ -24,6 +32,10 @@ INPUTS: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "Where was Ana Kovac born?", "temperature": 0, "max_tokens": 12},
     RESPONSES: {"input": "Where was Ana Kovac born?", "temperature": 0, "max_output_tokens": 12},
 }
+EXPLAIN: dict[str, Any] = {"value_guidance": {"explain": True}}
+FIELD = "value_guidance"
+NETWORKS = "value_guidance.networks"
+FIVE = [{"name": name} for name in ("qa", "json", "short", "broken-chat", "broken-stream")]
 LIMITS = {CHAT: "max_tokens", COMPLETIONS: "max_tokens", RESPONSES: "max_output_tokens"}
 
 pytestmark = pytest.mark.usefixtures("server")
@@ -49,6 +61,16 @@ def streamed_text(events: list[dict[str, Any]]) -> str:
     return "".join(c["delta"].get("content") or "" if "delta" in c else c["text"] for c in choices)
 
 
+def spelled(tokens: list[dict[str, Any]]) -> str:
+    """The text that explained tokens are: special ones are no text."""
+    return "".join(t["token"] for t in tokens if not re.fullmatch(r"<\|\w+\|>", t["token"]))
+
+
+def without_broken_characters(text: str) -> str:
+    """A token, or an answer's end, may be a part of a character."""
+    return text.replace("\N{REPLACEMENT CHARACTER}", "")
+
+
 def post(client: httpx.Client, path: str, **fields: Any) -> httpx.Response:
     return client.post(path, json=INPUTS[path] | {"model": TARGET} | fields)
 
@@ -67,6 +89,14 @@ def error(response: httpx.Response) -> dict[str, Any]:
     assert fields["code"] == response.status_code
     assert isinstance(fields, dict)
     return fields
+
+
+def run_directory(client: httpx.Client) -> Path:
+    """The server's."""
+    instance = client.get("/health/value_networks").json()["instance"]
+    places = (SHARED_MEMORY, Path(tempfile.gettempdir()))
+    (found,) = [p for place in places if (p := place / f"trimtab-{instance}").exists()]
+    return found
 
 
 @pytest.mark.parametrize("path", INPUTS)
@@ -135,14 +165,25 @@ class TestEveryEndpoint:
             ({"value_guidance": "qa@00000000"}, 404, "value_guidance"),
             ({"model": "qa@00000000"}, 404, "model"),
             ({"model": "guard"}, 404, "model"),
-            ({"value_guidance": {"networks": [{"name": "qa"}] * 2}}, 400, "value_guidance"),
-            (
-                {"value_guidance": {"networks": [{"name": "qa"}, {"name": "json"}]}},
-                400,
-                "value_guidance",
-            ),
+            ({"value_guidance": {"networks": [{"name": "qa"}] * 2}}, 400, NETWORKS),
+            ({"value_guidance": {"networks": FIVE}}, 400, NETWORKS),
             ({"model": "qa", "value_guidance": "json"}, 400, "value_guidance"),
-            ({"value_guidance": {"name": "qa"}}, 400, "value_guidance.networks"),
+            ({"value_guidance": {"name": "qa"}}, 400, "value_guidance.name"),
+            ({"value_guidance": {"combine": "dynamic"}}, 400, NETWORKS),
+            ({"model": "qa", "value_guidance": {"combine": "dynamic"}}, 400, f"{FIELD}.combine"),
+            ({"model": "qa", "value_guidance": {"combine": "max"}}, 400, f"{FIELD}.combine"),
+            (
+                {"model": "qa", "value_guidance": {"until": {"tokens": 0}}},
+                400,
+                f"{FIELD}.until.tokens",
+            ),
+            ({"model": "qa", "value_guidance": {"from": "after_reasoning"}}, 400, f"{FIELD}.from"),
+            (
+                {"model": "qa", "value_guidance": {"min_target_prob": 1}},
+                400,
+                f"{FIELD}.min_target_prob",
+            ),
+            ({"value_guidance": {"networks": [], "explain": True}}, 400, f"{FIELD}.explain"),
             (
                 {"value_guidance": {"networks": [{"name": "qa", "scale": 9}]}},
                 400,
@@ -298,9 +339,6 @@ class TestParameters:
         [
             (CHAT, {"use_beam_search": True, "n": 2}, "use_beam_search"),
             (COMPLETIONS, {"use_beam_search": True, "n": 2}, "use_beam_search"),
-            (CHAT, {"prompt_logprobs": 1}, "prompt_logprobs"),
-            (COMPLETIONS, {"prompt_logprobs": 0}, "prompt_logprobs"),
-            (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
         ],
     )
     def test_what_cannot_be_guided_is_refused(
@@ -308,6 +346,290 @@ class TestParameters:
     ) -> None:
         assert error(post(client, path, model="qa", **fields))["param"] == param
         assert post(client, path, **fields).is_success
+
+
+class TestScoring:
+    """Log-probabilities of given text, under guidance."""
+
+    def generated(
+        self, client: httpx.Client, model: str
+    ) -> tuple[list[int], list[int], list[float]]:
+        """A prompt, an answer to it, and the log-probabilities of the answer's tokens."""
+        fields = {"model": model, "return_token_ids": True, "logprobs": 0, "temperature": 1}
+        choice = answer(client, COMPLETIONS, **fields)["choices"][0]
+        return choice["prompt_token_ids"], choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+    @pytest.mark.parametrize("model", [TARGET, "qa", "json"])
+    def test_given_text_scores_as_it_did_when_it_was_generated(
+        self, client: httpx.Client, model: str
+    ) -> None:
+        prompt, token_ids, logprobs = self.generated(client, model)
+        text = {"model": model, "prompt": prompt + token_ids}
+        scored = answer(client, COMPLETIONS, **text, prompt_logprobs=0, max_tokens=1)["choices"][0]
+        scores = scored["prompt_logprobs"][len(prompt) :]
+        found = [score[str(t)]["logprob"] for score, t in zip(scores, token_ids, strict=True)]
+        assert found == pytest.approx(logprobs, abs=1e-4)
+        for max_tokens in (0, 1):
+            echo = {"echo": True, "logprobs": 1, "max_tokens": max_tokens}
+            echoed = answer(client, COMPLETIONS, **text, **echo)["choices"][0]["logprobs"]
+            end = len(prompt) + len(token_ids)
+            assert len(echoed["token_logprobs"]) == end + max_tokens
+            assert echoed["token_logprobs"][0] is None
+            assert echoed["token_logprobs"][len(prompt) : end] == pytest.approx(logprobs, abs=1e-4)
+
+    def test_a_stream_can_echo_scores_too(self, client: httpx.Client) -> None:
+        fields = {"model": "qa", "echo": True, "logprobs": 0}
+        whole = answer(client, COMPLETIONS, **fields)["choices"][0]["logprobs"]
+        chunks = events_of(post(client, COMPLETIONS, **fields, stream=True))
+        scores = [s for c in chunks for s in c["choices"][0]["logprobs"]["token_logprobs"]]
+        assert scores[1:] == pytest.approx(whole["token_logprobs"][1:], abs=1e-4)
+
+    def test_chats_have_prompts_too(self, client: httpx.Client) -> None:
+        scores = {
+            model: answer(client, CHAT, model=model, prompt_logprobs=0)["prompt_logprobs"]
+            for model in (TARGET, "qa")
+        }
+        assert len(scores["qa"]) == len(scores[TARGET])
+        assert scores["qa"][1:] != scores[TARGET][1:]
+
+    def test_several_prompts_are_each_scored(self, client: httpx.Client) -> None:
+        prompts = ["Who wrote the salt road?", "The quick brown"]
+        fields = {"model": "qa", "echo": True, "logprobs": 0, "max_tokens": 0}
+        together = answer(client, COMPLETIONS, **fields, prompt=prompts)["choices"]
+        for prompt, choice in zip(prompts, together, strict=True):
+            alone = answer(client, COMPLETIONS, **fields, prompt=prompt)["choices"][0]["logprobs"]
+            scores = choice["logprobs"]["token_logprobs"]
+            assert scores[1:] == pytest.approx(alone["token_logprobs"][1:], abs=1e-4)
+
+    @pytest.mark.parametrize(
+        ("scoring", "param"),
+        [({"prompt_logprobs": 0}, "prompt_logprobs"), ({"echo": True, "logprobs": 0}, "echo")],
+    )
+    def test_a_part_of_the_answer_is_no_text_to_score(
+        self, client: httpx.Client, scoring: dict[str, Any], param: str
+    ) -> None:
+        until = {"value_guidance": {"until": {"tokens": 3}}}
+        refused = error(post(client, COMPLETIONS, model="qa", **until, **scoring))
+        assert (refused["code"], refused["param"]) == (400, param)
+
+    def test_an_echo_of_a_chat_is_no_score(self, client: httpx.Client) -> None:
+        messages = [*MESSAGES, {"role": "assistant", "content": "Ana"}]
+        last = {"messages": messages, "add_generation_prompt": False, "echo": True}
+        until = {"value_guidance": {"until": {"tokens": 3}}}
+        assert answer(client, CHAT, model="qa", **last, **until)["prompt_logprobs"] is None
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_network_that_fails_gives_no_scores(self, client: httpx.Client, stream: bool) -> None:
+        name = f"broken-scores-{'stream' if stream else 'whole'}"
+        fields = {"model": name, "echo": True, "logprobs": 0, "max_tokens": 1, "stream": stream}
+        response = post(client, COMPLETIONS, **fields)
+        failure = events_of(response)[0]["error"] if stream else error(response)
+        assert failure["code"] == 500
+        assert f"{name}@" in failure["message"]
+
+
+@pytest.mark.parametrize("path", INPUTS)
+class TestSettings:
+    """How networks are combined, and for how long."""
+
+    def guided_flags(self, client: httpx.Client, path: str, **settings: Any) -> list[bool]:
+        guidance = {"explain": True, **settings}
+        fields = answer(client, path, model="qa", value_guidance=guidance)
+        (choice,) = fields["value_explanation"]
+        return [token["guided"] for token in choice["tokens"]]
+
+    def test_several_networks_steer_together(self, client: httpx.Client, path: str) -> None:
+        both = {"networks": [{"name": "qa", "scale": 0.5}, {"name": "json", "scale": 0.5}]}
+        texts = {
+            text_of(answer(client, path, value_guidance=guidance))
+            for guidance in (both, {"networks": both["networks"][:1]}, {"networks": []})
+        }
+        assert len(texts) == 3
+
+    def test_the_answer_repeats_the_request(
+        self, client: httpx.Client, path: str, server: Served
+    ) -> None:
+        settings = {"until": {"tokens": 5, "stop": "\n"}, "min_target_prob": 0.001}
+        first = answer(client, path, model="qa", value_guidance=settings)
+        entry = {"name": server.references["qa"], "scale": 0.5}
+        assert first["value_guidance"] == {"networks": [entry], **settings}
+        again = answer(client, path, value_guidance=first["value_guidance"])
+        assert again["value_guidance"] == first["value_guidance"]
+        assert text_of(again) == text_of(first)
+
+    def test_guidance_ends_after_so_many_tokens(self, client: httpx.Client, path: str) -> None:
+        assert self.guided_flags(client, path) == [True] * 12
+        flags = self.guided_flags(client, path, until={"tokens": 5})
+        assert flags == [True] * 5 + [False] * 7
+
+    def test_guidance_ends_at_a_text(self, client: httpx.Client, path: str) -> None:
+        explained = answer(client, path, model="qa", value_guidance={"explain": True})
+        tokens = [token["token"] for token in explained["value_explanation"][0]["tokens"]]
+        new = [i for i in range(2, 12) if tokens[i] not in "".join(tokens[:i])]
+        index = next(i for i in new if tokens[i].isascii())
+        text = tokens[index]
+        for until in (text, {"stop": text}, {"stop": text, "tokens": 99}):
+            flags = self.guided_flags(client, path, until=until)
+            assert flags == [True] * (index + 1) + [False] * (11 - index)
+
+    def test_the_target_stays_in_charge(self, client: httpx.Client, path: str) -> None:
+        guidance = {"min_target_prob": 0.2, "explain": True}
+        fields = answer(client, path, model="qa", value_guidance=guidance)
+        tokens = fields["value_explanation"][0]["tokens"]
+        for token in tokens:
+            target = {top["token_id"]: top["probability"] for top in token["target_top"]}
+            first = token["target_top"][0]["token_id"]
+            for top in token["guided_top"]:
+                before = target.get(top["token_id"], 0.0)
+                if before < 0.2 and top["token_id"] != first and before:
+                    assert top["probability"] <= before * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("path", INPUTS)
+class TestExplanations:
+    """What guidance did to each token."""
+
+    def test_the_answer_says_it_and_is_the_same(
+        self, client: httpx.Client, path: str, server: Served
+    ) -> None:
+        plain = answer(client, path, model="qa")
+        fields = answer(client, path, model="qa", **EXPLAIN)
+        assert text_of(fields) == text_of(plain)
+        assert "value_explanation" not in plain
+        ((index, tokens),) = [(e["index"], e["tokens"]) for e in fields["value_explanation"]]
+        assert index == 0
+        told = without_broken_characters(spelled(tokens))
+        assert told == without_broken_characters(text_of(plain))
+        for token in tokens:
+            top = token["guided_top"][0]
+            assert (top["token_id"], top["probability"]) == (
+                token["token_id"],
+                pytest.approx(token["probability"]),
+            )
+            assert token["target_top"][0]["probability"] >= token["target_probability"] - 1e-6
+            assert token["kl"] > 0 and token["guided"] and not token["grammar"]
+            (network,) = token["networks"]
+            assert (network["name"], network["weight"]) == (server.references["qa"], 0.5)
+
+    def test_a_stream_says_the_same_piece_by_piece(self, client: httpx.Client, path: str) -> None:
+        whole = answer(client, path, model="qa", **EXPLAIN)["value_explanation"]
+        events = events_of(post(client, path, model="qa", stream=True, **EXPLAIN))
+        pieces = [entry for event in events for entry in event.get("value_explanation", [])]
+        assert len(pieces) > 1
+        tokens = [token for piece in pieces for token in piece["tokens"]]
+        assert {piece["index"] for piece in pieces} == {0}
+        assert [t["token_id"] for t in tokens] == [t["token_id"] for t in whole[0]["tokens"]]
+        assert [t["kl"] for t in tokens] == pytest.approx(
+            [t["kl"] for t in whole[0]["tokens"]], abs=1e-4
+        )
+        told = without_broken_characters(spelled(tokens))
+        assert told == without_broken_characters(streamed_text(events))
+
+    def test_nothing_is_left_behind(self, client: httpx.Client, path: str) -> None:
+        with client.stream(
+            "POST", path, json=INPUTS[path] | {"model": "qa", "stream": True} | EXPLAIN
+        ) as response:
+            next(response.iter_lines())  # and leave
+        with suppress(httpx.TimeoutException):
+            long = {"ignore_eos": True, LIMITS[path]: 400}
+            client.post(path, json=INPUTS[path] | {"model": "qa"} | EXPLAIN | long, timeout=0.5)
+        post(client, path, model="qa", **EXPLAIN)
+        post(client, path, model="short", **EXPLAIN, **{LIMITS[path]: 60})  # refused
+        folder = run_directory(client) / "explain"
+        deadline = time.monotonic() + 10
+        while list(folder.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.05)  # the client that has left is noticed a little later
+        assert list(folder.iterdir()) == []
+
+
+class TestExplanationsOfSeveral:
+    def test_choices_are_told_apart(self, client: httpx.Client) -> None:
+        fields = {
+            "model": "qa",
+            "prompt": ["Who wrote", "The quick brown"],
+            "n": 2,
+            "temperature": 1,
+            "seed": 7,
+            "return_token_ids": True,
+            "value_guidance": {"explain": True},
+        }
+        whole = answer(client, COMPLETIONS, **fields)
+        told = {
+            entry["index"]: [token["token_id"] for token in entry["tokens"]]
+            for entry in whole["value_explanation"]
+        }
+        assert told == {choice["index"]: choice["token_ids"] for choice in whole["choices"]}
+        assert len(told) == 4
+        streamed: dict[int, list[int]] = {}
+        for event in events_of(post(client, COMPLETIONS, stream=True, **fields)):
+            for entry in event.get("value_explanation", []):
+                ids = [token["token_id"] for token in entry["tokens"]]
+                streamed.setdefault(entry["index"], []).extend(ids)
+        assert streamed == told
+
+    def test_a_grammar_is_mentioned(self, client: httpx.Client) -> None:
+        fields = {"structured_outputs": {"choice": ["Velenje", "Ljubljana"]}, "model": "qa"}
+        explained = answer(client, CHAT, **fields, value_guidance={"explain": True})
+        tokens = explained["value_explanation"][0]["tokens"]
+        assert all(token["grammar"] for token in tokens)
+
+    def test_probabilities_are_those_of_the_log_probabilities(self, client: httpx.Client) -> None:
+        fields = {"logprobs": 2, "value_guidance": {"explain": True}}
+        explained = answer(client, COMPLETIONS, model="qa", **fields)
+        logprobs = explained["choices"][0]["logprobs"]
+        tokens = explained["value_explanation"][0]["tokens"]
+        assert [math.log(token["probability"]) for token in tokens] == pytest.approx(
+            logprobs["token_logprobs"], abs=1e-4
+        )
+        assert [token["token"] for token in tokens] == logprobs["tokens"]
+
+    @pytest.mark.parametrize(
+        ("path", "fields", "param"),
+        [
+            (CHAT, {"include_reasoning": False}, "include_reasoning"),
+            (COMPLETIONS, {"echo": True, "max_tokens": 0}, "max_tokens"),
+            (CHAT, {"use_beam_search": True, "n": 2}, "use_beam_search"),
+        ],
+    )
+    def test_what_cannot_be_explained_is_refused(
+        self, client: httpx.Client, path: str, fields: dict[str, Any], param: str
+    ) -> None:
+        explained = {"model": "qa", "value_guidance": {"explain": True}}
+        assert error(post(client, path, **explained, **fields))["param"] == param
+
+
+class TestDynamicFusion:
+    """Networks that know how far they moved from their base."""
+
+    @pytest.fixture(scope="class", autouse=True)
+    def pair(self, checkpoints: Path) -> None:
+        """In the store: it is loaded with the first request."""
+        folder = checkpoints / "networks" / "pair"
+        if not folder.exists():
+            make_contrast(folder.with_name(".pair"), **SMALL, seed=21)
+            folder.with_name(".pair").rename(folder)
+
+    def test_weights_are_solved_for_and_bounded(self, client: httpx.Client) -> None:
+        for bound, sign in ((None, 1), (0.125, 1), (-2, -1)):
+            entry = {"name": "pair"} | ({} if bound is None else {"scale": bound})
+            guidance = {"networks": [entry], "combine": "dynamic", "explain": True}
+            fields = answer(client, COMPLETIONS, value_guidance=guidance)
+            limit = abs(2.0 if bound is None else bound)
+            assert fields["value_guidance"]["networks"][0]["scale"] == sign * limit
+            for token in fields["value_explanation"][0]["tokens"]:
+                weight, distance = token["networks"][0]["weight"], token["distance"]
+                assert 0 <= sign * weight <= limit
+                assert distance["solved"] == (abs(distance["wanted"] - distance["reached"]) <= 1e-3)
+                assert distance["solved"] or abs(weight) == pytest.approx(limit)
+                # The target alone may choose among tokens of which the network knows nothing.
+                assert token["kl"] == pytest.approx(distance["reached"], abs=0.01)
+
+    def test_others_are_refused_with_what_to_do(self, client: httpx.Client) -> None:
+        networks = [{"name": "pair"}, {"name": "qa"}]
+        guidance = {"networks": networks, "combine": "dynamic"}
+        refused = error(post(client, COMPLETIONS, value_guidance=guidance))
+        assert (refused["code"], refused["param"]) == (400, "value_guidance.combine")
+        assert "qa@" in refused["message"] and "pair@" not in refused["message"]
 
 
 class TestOtherEndpoints:
@@ -350,7 +672,7 @@ class TestDescriptions:
             body = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]
             model = description["components"]["schemas"][body["schema"]["$ref"].split("/")[-1]]
             branches = model["properties"]["value_guidance"]["anyOf"]
-            assert {"$ref": "#/components/schemas/GuidingNetworks"} in branches
+            assert {"$ref": "#/components/schemas/Guidance"} in branches
         assert "GuidingNetwork" in description["components"]["schemas"]
         assert client.get("/docs").is_success
 

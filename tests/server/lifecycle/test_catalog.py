@@ -195,3 +195,9 @@ async def test_a_change_is_learnt_unless_a_worker_declines_it() -> None:
         await catalog.change("trimtab_begin", {})
     assert [reply["needed"] for reply in refused.value.replies] == [5]
     assert catalog.find("qa")
+
+
+async def test_networks_that_know_their_base_are_told_apart() -> None:
+    catalog = await catalog_of(status("qa"), status("proxy", dynamic=True))
+    assert not catalog.find("qa").dynamic
+    assert catalog.find("proxy").dynamic

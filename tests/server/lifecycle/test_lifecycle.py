@@ -20,7 +20,7 @@ from server.lifecycle.changes import WATCH_SECONDS
 from server.lifecycle.leases import Lease, Leases
 from server.lifecycle.lifecycle import Lifecycle
 from server.lifecycle.refusals import RETRY_SECONDS
-from server.lifecycle.staging import NetworkFacts, StagedNetwork, StagingError
+from server.lifecycle.staging import ModelFacts, NetworkFacts, StagedNetwork, StagingError
 from server.lifecycle.state_file import State, read_state
 from server.settings import Settings
 from tests.server.networks import Engines, Worker, status
@@ -96,9 +96,16 @@ class Store:
             scale=1.0,
             vocab_size=512,
             max_context=64,
-            num_parameters=size,
             num_bytes=2 * size,
-            kv_shape=(1, 1, 32),
+            models=(
+                ModelFacts(
+                    role="value",
+                    num_parameters=size,
+                    kv_shape=(1, 1, 32),
+                    vocab_size=512,
+                    max_context=64,
+                ),
+            ),
             mapped=False,
         )
 

@@ -16,6 +16,7 @@ from server.lifecycle.staging import Folders, Stager, StagingError
 from server.settings import Settings
 from tests.models import (
     OTHER_TEXT,
+    make_contrast,
     make_mapped_network,
     make_network,
     make_sentencepiece_tokenizer,
@@ -81,9 +82,39 @@ def test_facts_are_those_of_the_folder(folders: Folders, store: Path) -> None:
     network = check_network(store / "qa")
     facts = folders.inspect("qa", "answers")
     assert (facts["name"], facts["source"], facts["scale"]) == ("answers", "qa", 0.5)
-    assert facts["num_parameters"] == network.num_parameters
-    assert tuple(facts["kv_shape"]) == network.kv_shape
+    (model,) = facts["models"]
+    assert (model["role"], model["num_parameters"]) == ("value", network.num_parameters)
+    assert tuple(model["kv_shape"]) == network.models[0].kv_shape
+    assert (model["vocab_size"], model["max_context"]) == (facts["vocab_size"], 512)
     assert not facts["mapped"] and folders.inspect("mapped", "mapped")["mapped"]
+
+
+def test_facts_tell_what_each_model_needs(folders: Folders, store: Path) -> None:
+    make_contrast(store / "proxy", **SMALL, antiexpert={"layers": 2, "vocab_size": 544})
+    network = check_network(store / "proxy")
+    facts = folders.inspect("proxy", "proxy")
+    assert (facts["kind"], facts["vocab_size"]) == ("contrast", network.vocab_size)
+    assert facts["num_bytes"] == network.num_bytes
+    assert [model["role"] for model in facts["models"]] == ["expert", "antiexpert"]
+    for told, model in zip(facts["models"], network.models, strict=True):
+        assert told == {
+            "role": model.role,
+            "num_parameters": model.num_parameters,
+            "kv_shape": model.kv_shape,
+            "vocab_size": model.vocab_size,
+            "max_context": model.max_context,
+        }
+    staged = folders.stage("proxy", "proxy", ROOM)
+    assert staged["models"] == facts["models"]
+
+
+def test_weights_of_all_models_are_discarded(folders: Folders, store: Path) -> None:
+    make_contrast(store / "proxy", **SMALL)
+    folder = Path(folders.stage("proxy", "proxy", ROOM)["folder"])
+    assert len(list(folder.rglob("*.safetensors"))) == 2
+    folders.discard(str(folder), weights_only=True)
+    assert not list(folder.rglob("*.safetensors"))
+    assert (folder / "expert" / "config.json").exists() and (folder / "tokenizer.json").exists()
 
 
 def test_a_snapshot_is_staged_and_discarded(folders: Folders, store: Path, snapshots: Path) -> None:

@@ -13,11 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from vllm import LLM, RequestOutput, SamplingParams
 
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal
+from server.run_directory import EXPLAIN
 from server.settings import Settings
-from value_models.combine import add_value_logits
+from server.token_bytes import TokenBytes
+from value_models.guided import Opinion, combine
 from value_models.manifest import tokenizer_fingerprint
-from value_models.store import check_network
+from value_models.store import check_network, model_path
 from value_models.vocabulary.reading import Reader
+from value_models.vocabulary.tokens import Vocabulary
 
 KEY = "test"
 
@@ -33,6 +36,8 @@ class Ask:
     options: dict[str, Any] = field(default_factory=dict)
     also: dict[str, float] = field(default_factory=dict)
     """More networks, and their scales."""
+    choice: dict[str, Any] = field(default_factory=dict)
+    """More of `Choice`: dynamic, floor, after, ..."""
 
     @property
     def scales(self) -> dict[str, float]:
@@ -48,8 +53,16 @@ class GuidedEngine:
             for name in ("value_memory_gb", "prefix_caching")
             if name in options
         }
-        settings |= {"sources": options.pop("sources", {})}
-        fingerprint = tokenizer_fingerprint(PreTrainedTokenizerFast.from_pretrained(target))
+        settings |= {"sources": options.pop("sources", {}), "run_dir": options.pop("run_dir", None)}
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        if settings["run_dir"] is not None:
+            (settings["run_dir"] / EXPLAIN).mkdir()
+            settings["token_bytes"] = settings["run_dir"] / "token-bytes"
+            tokens = Vocabulary.of(tokenizer).tokens
+            TokenBytes.write(settings["token_bytes"], tokens)
+            self.spelling = TokenBytes.load(settings["token_bytes"])
+            self.explanations = settings["run_dir"] / EXPLAIN
         Settings(networks=networks, key=KEY, tokenizer_fingerprint=fingerprint, **settings).export()
         folders = {name: check_network(path, name) for name, path in networks.items()}
         self.versions = {name: folder.version for name, folder in folders.items()}
@@ -59,7 +72,7 @@ class GuidedEngine:
             if folder.manifest.tokenizer_fingerprint != fingerprint
         }
         self.target = _load(target)
-        self.networks = {name: _load(path) for name, path in networks.items()}
+        self.networks = {name: _load_network(path) for name, path in networks.items()}
         # The last id is made the failure token; `_load`ed models mask it in the same way.
         self.failure_token_id = self.target.config.vocab_size - 1
         self.llm = LLM(
@@ -92,8 +105,16 @@ class GuidedEngine:
             "name": name,
             "source": folder.name,
             "owner": "test",
-            "num_parameters": checked.num_parameters,
-            "kv_shape": list(checked.kv_shape),
+            "models": [
+                {
+                    "role": model.role,
+                    "num_parameters": model.num_parameters,
+                    "kv_shape": list(model.kv_shape),
+                    "vocab_size": model.vocab_size,
+                    "max_context": model.max_context,
+                }
+                for model in checked.models
+            ],
             "vocab_size": checked.vocab_size,
             "max_context": checked.max_context,
             "mapped": False,
@@ -121,10 +142,10 @@ class GuidedEngine:
         assert state in ("prepared", "ready"), reply
         self.call("commit", name)
         self.versions[name] = version
-        self.networks[name] = _load(folder)
+        self.networks[name] = _load_network(folder)
 
-    def load_reference(self, folder: Path) -> PreTrainedModel:
-        return _load(folder)
+    def load_reference(self, folder: Path) -> "ReferenceNetwork":
+        return _load_network(folder)
 
     def params(self, ask: Ask) -> SamplingParams:
         options: dict[str, Any] = {
@@ -135,7 +156,7 @@ class GuidedEngine:
         } | ask.options
         if ask.network is not None:
             chosen = [ChosenNetwork(n, self.versions[n], s) for n, s in ask.scales.items()]
-            choice = Choice(tuple(chosen), self.failure_token_id)
+            choice = Choice(tuple(chosen), self.failure_token_id, **ask.choice)
             options["extra_args"] = {EXTRA_ARG: seal(choice, KEY)}
             options["stop_token_ids"] = [self.failure_token_id]
         return SamplingParams(**options)
@@ -150,43 +171,96 @@ class GuidedEngine:
 
     @torch.no_grad()
     def reference_logits(self, ask: Ask, sampled: Sequence[int]) -> torch.Tensor:
-        """`target + scale * value` over the whole sequence, for each sampled token.
-
-        A network of another vocabulary reads the whole sequence anew for each of them.
+        """What guides each sampled token, computed over the whole sequence.
 
         Returns:
             float32 `[len(sampled), vocab_size]`
         """
-        ids = torch.tensor([[*ask.prompt, *sampled]])
-        guided = self.target(ids).logits[0, len(ask.prompt) - 1 : -1]
-        for network, scale in ask.scales.items():
+        first = len(ask.prompt) - 1
+        guided = self._combine(ask, [*ask.prompt, *sampled], first)[:-1]
+        unguided = self.target(torch.tensor([[*ask.prompt, *sampled]])).logits[0, first:-1]
+        for position in range(len(sampled)):
+            if not self._guides(ask, sampled[:position]):
+                guided[position] = unguided[position]
+        if ask.scales:
             guided[:, self.failure_token_id] = float("-inf")
-            if network in self.mapped:
-                for position, row in enumerate(guided):
-                    history = [*ask.prompt, *sampled[:position]]
-                    self._add_mapped(row[None], network, scale, history)
-                continue
-            value = self.networks[network](ids).logits[0, len(ask.prompt) - 1 : -1]
-            guided[:, : value.shape[1]] += scale * value[:, : guided.shape[1]]
-            guided[:, value.shape[1] :] = float("-inf")
         return guided
 
-    def _add_mapped(
-        self, logits: torch.Tensor, network: str, scale: float, history: list[int]
-    ) -> None:
-        reading = self.mapped[network].read(history)
-        if not reading.waiting:
-            value = self.networks[network](torch.tensor([list(reading.ids)])).logits[:, -1]
-            columns = self.mapped[network].map.columns[-1 if reading.at_start else 0]
-            add_value_logits(logits, value, scale, None, columns)
+    def reference_prompt_logits(self, ask: Ask) -> torch.Tensor:
+        """Guided logits behind every token of the prompt, float32 `[len(prompt), vocab_size]`."""
+        return self._combine(ask, ask.prompt, 0)
+
+    @torch.no_grad()
+    def _combine(self, ask: Ask, tokens: list[int], first: int) -> torch.Tensor:
+        """Return guided logits behind the tokens from `first` on."""
+        target = self.target(torch.tensor([tokens])).logits[0, first:]
+        scales = {name: scale for name, scale in ask.scales.items() if scale}
+        opinions = [self._opinions(name, scale, tokens, first) for name, scale in scales.items()]
+        guided = [
+            combine(
+                logits,
+                [of[position] for of in opinions if of[position] is not None],
+                dynamic=ask.choice.get("dynamic", False),
+                floor=ask.choice.get("floor", 0.0),
+            )
+            for position, logits in enumerate(target)
+        ]
+        return torch.stack(guided).float() if scales else target.clone()
+
+    def _opinions(
+        self, name: str, scale: float, tokens: list[int], first: int
+    ) -> list[Opinion | None]:
+        """Return what a network thinks behind each token from `first` on.
+
+        One of another vocabulary reads the whole sequence anew for each of them.
+        """
+        network = self.networks[name]
+        if name not in self.mapped:
+            value, base = network.logits(tokens)
+            return [
+                Opinion(value[position], scale, None if base is None else base[position])
+                for position in range(first, len(tokens))
+            ]
+        opinions: list[Opinion | None] = []
+        for length in range(first + 1, len(tokens) + 1):
+            reading = self.mapped[name].read(tokens[:length])
+            if reading.waiting:
+                opinions.append(None)
+                continue
+            value, base = network.logits(list(reading.ids))
+            columns = self.mapped[name].map.columns[-1 if reading.at_start else 0]
+            last = None if base is None else base[-1]
+            opinions.append(Opinion(value[-1], scale, last, columns))
+        return opinions
+
+    def _guides(self, ask: Ask, generated: Sequence[int]) -> bool:
+        """Whether the token behind these is guided."""
+        after = list(ask.choice.get("after", ()))
+        begins = [
+            end
+            for end in range(len(after), len(generated) + 1)
+            if list(generated[end - len(after) : end]) == after
+        ]
+        if not begins:
+            return False
+        guided = generated[begins[0] :]
+        until_tokens, until_text = (ask.choice.get(k) for k in ("until_tokens", "until_text"))
+        if until_tokens is not None and len(guided) >= until_tokens:
+            return False
+        return until_text is None or until_text.encode() not in self.spelling.text(guided)
 
     def assert_exact(self, asks: Sequence[Ask], outputs: Sequence[RequestOutput]) -> None:
         """Every sampled token is the argmax of the reference, given those before it."""
+        wrong = []
         for ask, output in zip(asks, outputs, strict=True):
             for sampled in {tuple(completion.token_ids) for completion in output.outputs}:
-                expected = self.reference_logits(ask, sampled).argmax(-1).tolist()
-                assert list(sampled) == expected, (ask, output.outputs)
-                assert len(sampled) == ask.max_tokens
+                assert len(sampled) == ask.max_tokens, (ask, output)
+                expected = self.reference_logits(ask, sampled)
+                behind = expected.amax(-1) - expected[range(len(sampled)), list(sampled)]
+                wrong += [(p, d, ask) for p, d in enumerate(behind.tolist()) if d]
+        assert not wrong, "\n".join(
+            f"token {position} is {behind:.3g} behind: {ask}" for position, behind, ask in wrong
+        )
 
 
 @contextlib.contextmanager
@@ -206,12 +280,35 @@ def one_context_gb(networks: dict[str, Path], max_model_len: int, block_size: in
     num_bytes = 0.0
     pools = {}
     for name, path in networks.items():
-        network = check_network(path, name)
-        num_bytes += 4.2 * network.num_parameters  # float32, and vocabularies are padded
-        longest = min(network.max_context, 4 * max_model_len)
-        blocks = -(-longest // block_size) + 1
-        pools[network.kv_shape, longest] = blocks * block_size * 8 * math.prod(network.kv_shape)
+        for model in check_network(path, name).models:
+            num_bytes += 4.2 * model.num_parameters  # float32, and vocabularies are padded
+            longest = min(model.max_context, 4 * max_model_len)
+            blocks = -(-longest // block_size) + 1
+            pools[model.kv_shape, longest] = blocks * block_size * 8 * math.prod(model.kv_shape)
     return (num_bytes + sum(pools.values())) / 2**30
+
+
+@dataclass(frozen=True)
+class ReferenceNetwork:
+    """A network's models, in transformers."""
+
+    models: dict[str, PreTrainedModel]
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return value logits and those of the network's base, `[num_tokens, vocab_size]` each."""
+        ids = torch.tensor([tokens])
+        of = {role: model(ids).logits[0] for role, model in self.models.items()}
+        if "expert" not in of:
+            return of["value"], of.get("reference")
+        covered = min(logits.shape[1] for logits in of.values())
+        base = of["antiexpert"][:, :covered]
+        return of["expert"][:, :covered] - base, base
+
+
+def _load_network(path: Path) -> ReferenceNetwork:
+    models = check_network(path, "network").models
+    return ReferenceNetwork({model.role: _load(model_path(path, model.role)) for model in models})
 
 
 def _load(path: Path) -> PreTrainedModel:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
-from tests.models import make_model, make_network
+from server.worker.compilation import _compiled_module
+from tests.models import make_contrast, make_model, make_network
 from tests.server.worker.engine import Ask, GuidedEngine, guided_engine, one_context_gb
 
 CONTEXT = 256
@@ -211,10 +212,15 @@ def test_preemption_chunked_prefill_and_a_tiny_value_cache(models: dict[str, Pat
 
 
 def test_compiled_networks_of_one_architecture(tmp_path: Path) -> None:
-    """As served by default: compiled, and three networks run the forward that one compiled."""
+    """As served by default: compiled, and three networks run the forward that one compiled.
+
+    One of them has two models, which run the same.
+    """
     networks = {
-        name: make_network(tmp_path / name, layers=1, max_position_embeddings=CONTEXT, seed=seed)
-        for seed, name in enumerate("abc", start=10)
+        name: make(tmp_path / name, layers=1, max_position_embeddings=CONTEXT, seed=seed)
+        for seed, (name, make) in enumerate(
+            {"a": make_network, "b": make_network, "c": make_contrast}.items(), start=10
+        )
     }
     target = make_model(tmp_path / "target", layers=1, max_position_embeddings=CONTEXT)
     with guided_engine(target, networks, enforce_eager=False, max_num_seqs=8) as engine:
@@ -224,18 +230,20 @@ def test_compiled_networks_of_one_architecture(tmp_path: Path) -> None:
             for length in range(1, 25)
         ]
         engine.assert_exact(asks, engine.run(asks))
+        assert engine.llm.collective_rpc(num_forwards) == [1]
 
         # One that comes later runs what they compiled; another architecture runs uncompiled.
         late = make_network(tmp_path / "d", layers=1, max_position_embeddings=CONTEXT, seed=20)
         other = make_network(tmp_path / "e", layers=2, max_position_embeddings=CONTEXT, seed=21)
-        for name, folder in (("d", late), ("e", other)):
+        pair = make_contrast(tmp_path / "f", layers=1, max_position_embeddings=CONTEXT, seed=22)
+        for name, folder in (("d", late), ("e", other), ("f", pair)):
             for _ in engine.load(name, folder):
                 pass
             (mode,) = engine.llm.collective_rpc(mode_of, args=(name,))
-            assert mode == ("DYNAMO_TRACE_ONCE" if name == "d" else "NONE")
+            assert mode == ("NONE" if name == "e" else "DYNAMO_TRACE_ONCE")
         compiled = engine.llm.collective_rpc(num_compiled)
         assert compiled > [0]
-        asks = [Ask([rng.randrange(10, VOCAB - 1), 11, 12], 40, name) for name in "adeda"]
+        asks = [Ask([rng.randrange(10, VOCAB - 1), 11, 12], 40, name) for name in "adefda"]
         engine.assert_exact(asks, engine.run(asks))
         assert engine.llm.collective_rpc(num_compiled) == compiled  # all were warm
         # The weights of the one that compiled it go; its compiled forward stays.
@@ -247,8 +255,19 @@ def test_compiled_networks_of_one_architecture(tmp_path: Path) -> None:
 def mode_of(worker: Any, name: str) -> str:
     networks = worker._value_guidance().residency.networks()
     network = next(network for network in networks if network.folder.name == name)
-    assert not network._eager or network.config.compilation_config.mode.name == "NONE"
-    return network.config.compilation_config.mode.name
+    modes: set[str] = set()
+    for model in network.models.values():
+        modes.add(model.config.compilation_config.mode.name)
+        assert not model._eager or modes == {"NONE"}
+    (mode,) = modes
+    return mode
+
+
+def num_forwards(worker: Any) -> int:
+    """Different compiled forwards that the networks' models run."""
+    networks = worker._value_guidance().residency.networks()
+    models = [model for network in networks for model in network.models.values()]
+    return len({id(_compiled_module(model._model).aot_compiled_fn) for model in models})
 
 
 def num_compiled(_worker: Any) -> int:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from vllm import RequestOutput
 
-from tests.models import make_model, make_network
+from tests.models import make_contrast, make_model, make_network
 from tests.server.worker.engine import Ask, GuidedEngine, guided_engine
 from value_models.store import check_network
 
@@ -29,6 +29,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     large = {"vocab_size": 8192, "tie_word_embeddings": True, "max_position_embeddings": CONTEXT}
     make_network(root / "tied", layers=1, seed=6, **large)  # most of it is its vocabulary
     make_network(root / "gemma", architecture="gemma", seed=5, max_position_embeddings=CONTEXT)
+    make_contrast(root / "contrast", seed=7, max_position_embeddings=CONTEXT)
+    # Two models that share nothing: neither a KV shape nor a context.
+    mixed = {"heads": 3, "kv_heads": 3, "hidden_size": 96, "max_position_embeddings": 512}
+    make_contrast(root / "mixed", seed=8, antiexpert=mixed, max_position_embeddings=CONTEXT)
+    # Two that share a pool of their own.
+    make_contrast(root / "wide", seed=11, **other)
+    small = {"reference": {"seed": 10}, "max_position_embeddings": CONTEXT}
+    make_network(root / "referenced", seed=9, **small)
     return root
 
 
@@ -82,7 +90,9 @@ def run_while(engine: GuidedEngine, asked: list[Ask], work: Iterator[None]) -> l
     return [finished[key] for key in sorted(finished, key=lambda key: int(key.split("-")[1]))]
 
 
-@pytest.mark.parametrize("folder", ["second", "mistral", "gemma", "tied"])
+@pytest.mark.parametrize(
+    "folder", ["second", "mistral", "gemma", "tied", "contrast", "mixed", "referenced"]
+)
 def test_a_load_while_others_decode_changes_none_of_their_tokens(
     engine: GuidedEngine, root: Path, folder: str
 ) -> None:
@@ -131,7 +141,7 @@ def test_blocks_never_cross_loads_of_one_name(engine: GuidedEngine, root: Path) 
 
 def test_memory_comes_back(engine: GuidedEngine, root: Path) -> None:
     before = engine.call("networks")["memory"]
-    for folder in ("second", "mistral", "gemma", "second"):
+    for folder in ("second", "mistral", "gemma", "contrast", "wide", "mixed", "referenced"):
         load(engine, "qa", root / folder)
         during = engine.call("networks")["memory"]
         assert during["weights_bytes"] > before["weights_bytes"]
@@ -141,9 +151,18 @@ def test_memory_comes_back(engine: GuidedEngine, root: Path) -> None:
         assert not networks_named(engine, "qa")
 
 
+def of_size(folder: Path, num_parameters: int) -> list[dict[str, Any]]:
+    """What a load says of its models, who claim to be so large together."""
+    fields = ("role", "num_parameters", "kv_shape", "vocab_size", "max_context")
+    models = check_network(folder).models
+    described = [{field: getattr(model, field) for field in fields} for model in models]
+    rest = sum(model.num_parameters for model in models[1:])
+    return [described[0] | {"num_parameters": num_parameters - rest}, *described[1:]]
+
+
 def test_what_does_not_fit_is_refused_before_it_is_read(engine: GuidedEngine, root: Path) -> None:
     before = engine.call("networks")
-    refused = engine.begin("big", root / "second", num_parameters=10**9)
+    refused = engine.begin("big", root / "second", models=of_size(root / "second", 10**9))
     assert refused["refused"] == "memory"
     assert refused["needed"] >= 4 * 10**9 > refused["total"] > refused["free"] > 0
     assert engine.call("networks") == before
@@ -151,13 +170,29 @@ def test_what_does_not_fit_is_refused_before_it_is_read(engine: GuidedEngine, ro
 
 def test_a_load_reserves_its_memory_at_once(engine: GuidedEngine, root: Path) -> None:
     free = engine.call("networks")["memory"]["free_bytes"]
-    parameters = int(0.7 * free / 4)
-    assert "refused" not in engine.begin("a", root / "second", num_parameters=parameters)
-    assert engine.begin("b", root / "second", num_parameters=parameters)["refused"] == "memory"
+    large = {"models": of_size(root / "contrast", int(0.7 * free / 4))}
+    assert "refused" not in engine.begin("a", root / "contrast", **large)
+    assert engine.begin("b", root / "contrast", **large)["refused"] == "memory"
     # One that supersedes it has its memory too.
-    assert "refused" not in engine.begin("a", root / "second", num_parameters=parameters, id="a2")
+    assert "refused" not in engine.begin("a", root / "contrast", **large, id="a2")
     engine.call("abort", "a2", "", True)
     assert engine.call("networks")["memory"]["free_bytes"] == free
+
+
+@pytest.mark.parametrize("folder", ["contrast", "mixed", "referenced"])
+def test_a_promise_covers_what_all_models_take(
+    engine: GuidedEngine, root: Path, folder: str
+) -> None:
+    free = engine.call("networks")["memory"]["free_bytes"]
+    promised = free - engine.begin("qa", root / folder)["memory"]["free_bytes"]
+    weights = 4 * check_network(root / folder).num_parameters
+    pool = 4 * 2 * 2 * 3 * 32 * (CONTEXT + 32)  # K and V, layers, heads, head size, tokens
+    assert promised == weights + (pool if folder == "mixed" else 0)
+    load(engine, "qa", root / folder)
+    (network,) = networks_named(engine, "qa")
+    assert weights <= network["weights_bytes"] <= 1.2 * weights
+    assert network["max_context"] == CONTEXT
+    assert unload(engine, "qa")["memory"]["free_bytes"] == free
 
 
 def test_a_second_load_of_a_name_waits_or_supersedes(engine: GuidedEngine, root: Path) -> None:
@@ -175,21 +210,57 @@ def test_a_second_load_of_a_name_waits_or_supersedes(engine: GuidedEngine, root:
     assert "qa" not in engine.status()
 
 
-def test_what_a_superseded_load_held_comes_back(engine: GuidedEngine, root: Path) -> None:
+@pytest.mark.parametrize("folder", ["mistral", "wide"])
+def test_what_a_superseded_load_held_comes_back(
+    engine: GuidedEngine, root: Path, folder: str
+) -> None:
     """Its pool too, which nobody else can use."""
     before = engine.call("networks")["memory"]
-    engine.begin("qa", root / "mistral", id="one")
-    version = check_network(root / "mistral").version
-    engine.call("build", "one", version, str(root / "mistral"), False)
+    engine.begin("qa", root / folder, id="one")
+    version = check_network(root / folder).version
+    engine.call("build", "one", version, str(root / folder), False)
     while engine.call("advance", "one")["state"] != "built":
         pass
     engine.call("warm_up", "one")
     assert engine.call("networks")["memory"]["kv_cache_bytes"] > before["kv_cache_bytes"]
-    engine.begin("qa", root / "second", id="two")
+    everything = of_size(root / "second", before["free_bytes"] // 4)
+    assert "refused" not in engine.begin("qa", root / "second", id="two", models=everything)
     assert engine.call("networks")["memory"]["kv_cache_bytes"] == before["kv_cache_bytes"]
     engine.call("abort", "one", "superseded", True)
     engine.call("abort", "two", "", True)
     assert engine.call("networks")["memory"] == before
+
+
+def test_a_load_that_ends_between_its_models_frees_the_first(
+    engine: GuidedEngine, root: Path
+) -> None:
+    version = check_network(root / "contrast").version
+    engine.begin("qa", root / "contrast")
+    engine.call("build", "qa", version, str(root / "contrast"), False)
+    while engine.llm.collective_rpc(models_built, args=("qa",)) != [1]:
+        assert engine.call("advance", "qa")["state"] == "building"
+    engine.llm.collective_rpc(remember_first_model, args=("qa",))
+    engine.call("abort", "qa", "a test said so", True)
+    assert engine.llm.collective_rpc(remembered_bytes) == [0]
+
+
+def models_built(worker: Any, name: str) -> int:
+    return len(models_of(worker, name))
+
+
+def remember_first_model(worker: Any, name: str) -> None:
+    worker.remembered = models_of(worker, name)["expert"]._model
+
+
+def models_of(worker: Any, name: str) -> dict[str, Any]:
+    """The models of a network that is being built: a local of the generator that builds it."""
+    pieces = worker._value_guidance().residency._loads[name].pieces
+    frame = pieces.gi_yieldfrom and pieces.gi_yieldfrom.gi_frame
+    return frame.f_locals.get("models", {}) if frame else {}
+
+
+def remembered_bytes(worker: Any) -> int:
+    return sum(parameter.nbytes for parameter in worker.remembered.parameters())
 
 
 def test_only_weights_that_the_index_lists_are_loaded(
@@ -244,10 +315,8 @@ def test_a_version_that_is_resident_is_not_loaded_again(engine: GuidedEngine, ro
     unload(engine, "qa")
 
 
-def spoil(folder: Path, source: Path, kind: str) -> Path:
-    folder.mkdir()
-    for file in source.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+def spoil(folder: Path, kind: str) -> None:
+    """Damage a checkpoint."""
     weights = load_file(folder / "model.safetensors")
     if kind == "missing":
         del weights["model.layers.0.mlp.up_proj.weight"]
@@ -262,15 +331,17 @@ def spoil(folder: Path, source: Path, kind: str) -> Path:
         rest = tail[tail.index(",") :]
         (folder / "config.json").write_text(f"{head}{size}{10**9}{rest}")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["missing", "foreign", "shape", "huge"])
+@pytest.mark.parametrize("folder", ["second", "contrast", "referenced"])
 def test_a_load_that_fails_leaves_the_old_version_and_all_memory(
-    engine: GuidedEngine, root: Path, tmp_path: Path, kind: str
+    engine: GuidedEngine, root: Path, tmp_path: Path, folder: str, kind: str
 ) -> None:
+    """Whichever of its models is at fault."""
     before = engine.call("networks")["memory"]
-    bad = spoil(tmp_path / "bad", root / "second", kind)
+    bad = shutil.copytree(root / folder, tmp_path / "bad")
+    spoil(bad / {"contrast": "antiexpert", "referenced": "reference"}.get(folder, ""), kind)
     engine.begin("stays", bad)
     state = engine.call("build", "stays", "0bad0bad", str(bad), False)["state"]
     while state == "building":

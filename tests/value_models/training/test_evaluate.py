@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.models import OTHER_TEXT, make_model, make_network, make_tokenizer
+from tests.models import OTHER_TEXT, make_contrast, make_model, make_network, make_tokenizer
 from value_models.combine import add_value_logits
 from value_models.connection import CONNECTIONS
 from value_models.store import NetworkError
@@ -69,7 +69,7 @@ def test_what_is_no_network_is_refused(places: Path) -> None:
 
 
 def test_an_unknown_kind_is_refused(places: Path) -> None:
-    folder = make_network(places / "unknown", hidden_size=32, heads=1, kind="contrast")
+    folder = make_contrast(places / "unknown", hidden_size=32, heads=1)
     with pytest.raises(TrainingError, match=r"unknown kind 'contrast'.*residual, cascade"):
         evaluate(folder, str(places / "base"), places / "data.jsonl")
 

@@ -56,6 +56,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(settings):
     """With SIGKILL, soon after it began to write a checkpoint: often while it still does."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["value_models.training.train"])
+    settings = replace(settings, reference=True)
     undisturbed = replace(settings, out=settings.out.with_name("undisturbed"))
     process = context.Process(target=train, args=(undisturbed,))
     process.start()
@@ -75,7 +76,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(settings):
         moments.append(steps_saved(settings))
     assert 0 < moments[0] < 30, moments  # else nothing was tried
     train(settings)
-    for file in ("model.safetensors", "value_network.json"):
+    for file in ("model.safetensors", "value_network.json", "reference/model.safetensors"):
         assert (settings.out / file).read_bytes() == (undisturbed.out / file).read_bytes(), moments
     assert not settings.out.with_name("tab.training").exists()
 

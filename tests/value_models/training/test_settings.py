@@ -18,6 +18,7 @@ def test_the_defaults_are_sound():
     ("change", "message"),
     [
         ({"kind": "contrast"}, "kind 'contrast'.*residual, cascade"),
+        ({"kind": "cascade", "reference": True}, "only a network of kind residual"),
         ({"objective": "kl"}, "objective 'kl'.*cross_entropy"),
         ({"norm": "l3"}, "norm 'l3'.*l1, l2"),
         ({"precision": "float16"}, "precision"),

@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,9 +82,40 @@ def test_training_writes_a_network_that_the_server_takes(settings, base):
     assert record["metrics"]["demonstrations"]["conversations"] == 40
 
 
+def test_the_base_is_kept_as_reference(settings, base):
+    without = train(replace(settings, out=settings.out.with_name("without")))
+    network = train(replace(settings, reference=True))
+    assert network == check_network(settings.out)
+    assert network.knows_base and not without.knows_base
+    assert [model.role for model in network.models] == ["value", "reference"]
+    reference = settings.out / "reference"
+    assert {file.name for file in reference.iterdir()} == {"config.json", "model.safetensors"}
+    assert (reference / "model.safetensors").read_bytes() == (
+        base / "model.safetensors"
+    ).read_bytes()
+    AutoModelForCausalLM.from_pretrained(reference)
+    check_fits(network, without.manifest.tokenizer_fingerprint)
+    # The network itself is the one that it would have been without.
+    assert all(torch.equal(a, weights(without.path)[n]) for n, a in weights(settings.out).items())
+    assert network.manifest.training["settings"] == without.manifest.training["settings"]
+    for path in (reference, *reference.iterdir()):
+        assert path.stat().st_mode & 0o444 == 0o444
+
+
+def test_a_base_that_no_server_could_load_is_not_trained_with_a_reference(
+    settings, base, tmp_path, monkeypatch
+):
+    twice = tmp_path / "bases" / "twice"
+    shutil.copytree(base, twice)
+    shutil.copy(twice / "model.safetensors", twice / "consolidated.safetensors")
+    monkeypatch.setattr(training, "load_base", None)
+    with pytest.raises(TrainingError, match="cannot be kept as reference: 2 safetensors files"):
+        train(replace(settings, base=str(twice), reference=True))
+
+
 def test_nothing_of_this_machine_is_written(settings, tmp_path):
-    train(settings)
-    for file in settings.out.iterdir():
+    train(replace(settings, reference=True))
+    for file in settings.out.rglob("*.*"):
         content = file.read_bytes()
         for trace in (str(tmp_path), str(Path.home()), str(settings.data.parent)):
             assert trace.encode() not in content, file

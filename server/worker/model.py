@@ -1,0 +1,438 @@
+"""One model of a value network: a vLLM model beside the target, with KV blocks of its own."""
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from vllm.config import (
+    CompilationMode,
+    VllmConfig,
+    get_layers_from_vllm_config,
+    set_current_vllm_config,
+)
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
+
+from server.worker.blocks import BLOCK_SIZE, BlockPool, BlockTable, KVShape, TokensOf
+from server.worker.compilation import CompiledForwards
+from server.worker.configuration import kv_spec, model_config
+from server.worker.loading import (
+    Pieces,
+    construct,
+    load_weights,
+    release_weights,
+    weights_bytes,
+)
+from value_models.store import ModelFolder
+
+logger = init_logger(__name__)
+
+
+class Rows(NamedTuple):
+    """The rows of one decoding step that one network steers."""
+
+    slots: np.ndarray  # int64 [num_rows], see BlockTable
+    lengths: np.ndarray  # int32 [num_rows], tokens of history, this step's input the last of them
+    last_tokens: torch.Tensor  # int [num_rows] on the device, this step's input tokens
+    histories: Sequence[TokensOf]  # [num_rows], each row's tokens as far as the host knows
+    num_stable: np.ndarray  # int32 [num_rows], leading tokens of history that will never change
+
+    def at(self, indices: torch.Tensor) -> "Rows":
+        """Return some of the rows. `indices`: int64 `[num_chosen]` on the host."""
+        chosen = indices.numpy()
+        return Rows(
+            self.slots[chosen],
+            self.lengths[chosen],
+            self.last_tokens[indices.to(self.last_tokens.device)],
+            [self.histories[i] for i in chosen],
+            self.num_stable[chosen],
+        )
+
+
+class NetworkModel:
+    """One model in a worker.
+
+    Made by `build`, then bound to a pool of KV blocks by `bind` and tried by `warm_up`; from then
+    on it scores rows.
+
+    Attributes:
+        path: of its checkpoint; what it is called in logs.
+        config: what vLLM runs it with.
+        vocab_size: its number of logits.
+        longest: tokens of the longest sequence that it can read.
+        weights_bytes: memory of the weights in this worker.
+        kv_shape: decides which pools it can take blocks from.
+        num_tokens: that it has computed.
+        pool: where its KV blocks are; None before it is bound.
+        table: which rows have which of them; set by `bind`.
+    """
+
+    table: BlockTable
+
+    @classmethod
+    def build(
+        cls,
+        folder: ModelFolder,
+        target_config: VllmConfig,
+        translated: bool,
+        forwards: CompiledForwards,
+        may_compile: bool,
+        device: torch.device,
+    ) -> Generator[None, None, "NetworkModel"]:
+        """Load a model in short pieces; the generator returns it.
+
+        Args:
+            folder: checked by `value_models.store`; not read any more once this has ended.
+            target_config: the engine's own configuration; it is not changed.
+            translated: whether it reads another vocabulary than the target's.
+            forwards: those compiled in the worker; `warm_up` may add this model's.
+            may_compile: take the seconds to compile, if no model of this architecture has.
+            device: where the target's logits are.
+
+        Raises:
+            ValueError: the weights are not those of its configuration, or its attention cannot
+                share one paged KV cache.
+        """
+        config = model_config(folder.path, target_config, translated)
+        if not (may_compile or forwards.knows(config)):
+            # Nor single operations, which vLLM compiles where it compiles models.
+            config.compilation_config.mode = CompilationMode.NONE
+            config.compilation_config.custom_ops = ["all"]
+        yield
+        # vLLM makes tied embeddings twice before it ties them, and pads vocabularies.
+        allowed = 2.25 * folder.num_parameters * config.model_config.dtype.itemsize + (1 << 20)
+        model = construct(config, device, int(allowed))
+        yield
+        num_bytes = weights_bytes(model)
+        yield from load_weights(model, config, device)
+        return cls(folder, model, num_bytes, config, target_config, device)
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        model: torch.nn.Module,
+        num_bytes: int,
+        config: VllmConfig,
+        target_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        self.path: Path = folder.path
+        self.config = config
+        self.vocab_size = folder.vocab_size
+        self.longest: int = config.model_config.max_model_len
+        self.weights_bytes = num_bytes
+        self.num_tokens = 0
+        self._device = device
+        self._model = model
+        self._layers = get_layers_from_vllm_config(config, AttentionLayerBase)
+        config.cache_config.kv_cache_layout = get_supported_kv_cache_layouts(
+            {layer.get_attn_backend() for layer in self._layers.values()}
+        )[0].name
+        self._layer_names = list(self._layers)
+        self.kv_shape = KVShape(kv_spec(self._layers), len(self._layers))
+        self.pool: BlockPool | None = None
+        scheduler = target_config.scheduler_config
+        self._max_rows = scheduler.max_num_seqs
+        self._max_tokens = max(scheduler.max_num_batched_tokens, self._max_rows)
+        self._row_starts = torch.arange(self._max_rows + 1, dtype=torch.int32)
+        self._eager = False
+
+    def bind(self, pool: BlockPool, max_context: int, salt: str) -> None:
+        """Take KV blocks from `pool`.
+
+        Args:
+            pool: of this model's `kv_shape`, for sequences of `max_context` tokens.
+            max_context: the longest sequence that it will be given.
+            salt: keeps its cached prefixes from those of all other models, before and after.
+        """
+        self.pool = pool
+        self.table = pool.new_table(self._max_rows, max_context, salt)
+        for layer, cache in zip(self._layers.values(), pool.layer_caches, strict=True):
+            layer.bind_kv_cache(cache)
+        backend = next(iter(self._layers.values())).get_attn_backend()
+        with set_current_vllm_config(self.config, check_compile=False):
+            self._metadata_builder = backend.get_builder_cls()(
+                self.kv_shape.layer, self._layer_names, self.config, self._device
+            )
+
+    def warm_up(self, forwards: CompiledForwards) -> Pieces:
+        """Try the model, compiled or not: what cannot run must be known before requests come.
+
+        The tokens go into vLLM's null block, which nobody reads.
+
+        Args:
+            forwards: as given to `build`.
+
+        Raises:
+            RuntimeError: vLLM's kernels cannot run the model's shape.
+        """
+        # Two rows at least: torch.compile would take a size of 1 for a constant.
+        num_rows = min(8, self._max_rows)
+        slots, positions = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=np.int32)
+        tokens = torch.arange(num_rows, device=self._device, dtype=torch.int32)
+        tokens %= self.vocab_size
+
+        def run(eager: bool) -> torch.Tensor:
+            self._eager = eager
+            with (
+                torch.inference_mode(),
+                set_current_vllm_config(self.config, check_compile=False),
+            ):
+                logits = self._decode(slots, positions, tokens).float()
+            self.table.release(0)
+            return logits
+
+        yield  # all workers have come so far: what follows may wait for the others
+        eager = run(eager=True)
+        yield
+        if self.config.compilation_config.mode == CompilationMode.NONE:
+            return
+        forwards.adopt(self._model, self.config)
+        compiled = run(eager=False)
+        # Rounding differs by a few per mille; another network's weights would by about 100 %.
+        self._eager = not (compiled - eager).norm() <= 0.05 * eager.norm()
+        if self._eager:
+            logger.warning("%s: its compiled forward is off, running eagerly", self.path)
+        else:
+            forwards.keep(self._model, self.config)
+        yield
+
+    def free(self) -> None:
+        """Give back weights and KV blocks. The model must not be used any more."""
+        if self.pool is not None:
+            self.pool.remove_table(self.table)
+        release_weights(self._model)
+        self.config.compilation_config.static_forward_context.clear()
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        """Return the next-token logits after each row's history.
+
+        Only tokens that are not yet in the KV cache are computed, in one forward where they fit.
+
+        Returns:
+            `[num_rows, vocab_size]` in the model's dtype.
+        """
+        table = self.table
+        positions = rows.lengths - 1
+        # A client may send, and another processor sample, ids that only the target has.
+        rows = rows._replace(last_tokens=rows.last_tokens.clamp(0, self.vocab_size - 1))
+        if np.array_equal(table.computed[rows.slots], positions) and np.all(
+            rows.lengths <= table.capacity[rows.slots]
+        ):
+            logits = self._decode(rows.slots, positions, rows.last_tokens)
+        else:
+            logits = self._extend(rows)
+        table.last_used[rows.slots] = self.pool.tick()
+        return logits
+
+    def score_history(self, slot: int, tokens: TokensOf, start: int, stop: int) -> torch.Tensor:
+        """Return the logits behind each of one row's tokens from `start` to before `stop`.
+
+        Whatever lies before is computed if it is not yet, and these tokens in any case: their
+        logits are not kept. The slot's sequence then ends at `stop`. It may share blocks with other
+        rows through the prefix cache, and writes into them what they hold already, but for
+        rounding: their tokens are the same. No other row reads them meanwhile, as all of them run
+        in forwards of their own.
+
+        Args:
+            slot: may be open or not; if not, it is opened without a look into the prefix cache.
+            tokens: of the sequence; all before `stop` are known to the host.
+            start: less than `stop`.
+            stop: at most `max_context`.
+
+        Returns:
+            `[stop - start, vocab_size]` in the model's dtype.
+        """
+        table = self.table
+        table.last_used[slot] = self.pool.tick()
+        table.rewind(slot, start)
+        if slot not in table.requests:
+            table.open(slot, tokens, num_stable=0)
+        logits = []
+        while (begin := int(table.computed[slot])) < stop:
+            end = min(stop, begin + self._max_tokens)
+            table.held.add(slot)
+            # Which tokens are stable is known when the row is scored: its blocks are shared then.
+            fits = table.reserve(slot, tokens, end, num_stable=0)
+            table.held.clear()
+            assert fits, "the pool holds less than one context"
+            hidden = self._run_span(slot, tokens, begin, end)
+            if end > start:
+                logits.append(self._model.compute_logits(hidden[max(0, start - begin) :]))
+        return torch.cat(logits)
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Compute a slot's history anew behind its first `length` tokens: they were rewritten."""
+        self.table.rewind(slot, length)
+
+    def release(self, slot: int) -> None:
+        """Forget a slot's history. Its full blocks stay in the prefix cache."""
+        self.table.release(slot)
+
+    def _decode(
+        self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Run one token of each row. The hot path: no Python per row."""
+        hidden = self._forward(
+            tokens, positions, self._row_starts[: len(slots) + 1], slots, positions + 1
+        )
+        self.table.computed[slots] = positions + 1
+        return self._model.compute_logits(hidden)
+
+    def _extend(self, rows: Rows) -> torch.Tensor:
+        """Run whatever each row still owes, in as many forwards as memory asks for."""
+        table = self.table
+        for index, slot in enumerate(rows.slots.tolist()):
+            if slot in table.requests and table.computed[slot] >= rows.lengths[index]:
+                table.release(slot)  # the history was cut short
+        logits: list[torch.Tensor | None] = [None] * len(rows.slots)
+        pending = list(range(len(rows.slots)))
+        while pending:
+            part = self._next_part(rows, pending)
+            finished = [
+                (i, index)
+                for i, (index, start, stop) in enumerate(part)
+                if stop == rows.lengths[index]
+            ]
+            hidden = self._run_part(rows, part, [i for i, _ in finished])
+            for (_, index), row_logits in zip(
+                finished, self._model.compute_logits(hidden) if finished else (), strict=True
+            ):
+                logits[index] = row_logits
+            done = {index for _, index in finished}
+            pending = [index for index in pending if index not in done]
+        return torch.stack(logits)
+
+    def _next_part(self, rows: Rows, pending: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Choose what to run in one forward: (index, first token, end) of as many rows as fit."""
+        table = self.table
+        part: list[tuple[int, int, int]] = []
+        budget = self._max_tokens
+        try:
+            for index in pending:
+                if budget == 0:
+                    break
+                slot, length = int(rows.slots[index]), int(rows.lengths[index])
+                tokens, num_stable = rows.histories[index], int(rows.num_stable[index])
+                if slot not in table.requests:
+                    table.open(slot, tokens, num_stable)
+                table.held.add(slot)
+                start = int(table.computed[slot])
+                stop = min(length, start + budget)
+                if not table.reserve(slot, tokens, stop, num_stable):
+                    table.held.discard(slot)
+                    break
+                part.append((index, start, stop))
+                budget -= stop - start
+        finally:
+            table.held.clear()
+        assert part, "the pool holds less than one context"
+        return part
+
+    def _run_part(
+        self, rows: Rows, part: Sequence[tuple[int, int, int]], finished: Sequence[int]
+    ) -> torch.Tensor:
+        """Run one part and return the last hidden state of its finished rows."""
+        slots = rows.slots[[index for index, _, _ in part]]
+        stops = np.array([stop for _, _, stop in part], dtype=np.int32)
+        row_starts = np.zeros(len(part) + 1, dtype=np.int32)
+        np.cumsum([stop - start for _, start, stop in part], out=row_starts[1:])
+        ids = np.zeros(row_starts[-1], dtype=np.int32)
+        for (i, start, stop), row_start in zip(part, row_starts, strict=False):
+            # The newest token may not have reached the host yet: it is put in on the device.
+            known = rows.histories[i](start, stop)
+            ids[row_start : row_start + len(known)] = known
+        positions = np.concatenate(
+            [np.arange(start, stop, dtype=np.int32) for _, start, stop in part]
+        )
+        token_ids = torch.from_numpy(ids).to(self._device, non_blocking=True)
+        last = torch.from_numpy(row_starts[1:] - 1).to(self._device, torch.int64)[list(finished)]
+        newest = [part[i][0] for i in finished]
+        token_ids[last] = rows.last_tokens[newest].to(token_ids.dtype)
+        token_ids.clamp_(0, self.vocab_size - 1)
+        hidden = self._forward(token_ids, positions, torch.from_numpy(row_starts), slots, stops)
+        self.table.computed[slots] = stops
+        return hidden[last]
+
+    def _run_span(self, slot: int, tokens: TokensOf, start: int, stop: int) -> torch.Tensor:
+        """Run one row's next tokens and return all of their last hidden states."""
+        ids = torch.tensor(tokens(start, stop), dtype=torch.int32).to(self._device)
+        assert len(ids) == stop - start, "tokens are missing on the host"
+        hidden = self._forward(
+            ids.clamp_(0, self.vocab_size - 1),
+            np.arange(start, stop, dtype=np.int32),
+            torch.tensor([0, stop - start], dtype=torch.int32),
+            np.array([slot]),
+            np.array([stop], dtype=np.int32),
+        )
+        self.table.computed[slot] = stop
+        return hidden
+
+    def _forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: np.ndarray,
+        row_starts: torch.Tensor,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+    ) -> torch.Tensor:
+        """Run the model over a ragged batch, reading and writing its KV blocks.
+
+        Args:
+            token_ids: `[num_tokens]` on the device.
+            positions: `[num_tokens]`, each token's place in its row.
+            row_starts: int32 `[num_rows + 1]`, where each row's tokens begin; on the host.
+            slots: `[num_rows]`.
+            lengths: `[num_rows]`, tokens of each row in the cache after this forward.
+
+        Returns:
+            `[num_tokens, hidden_size]`
+        """
+        num_rows, num_tokens = len(slots), len(positions)
+        longest = int(lengths.max())
+        block_ids = self.table.block_ids[slots, : -(-longest // BLOCK_SIZE)]
+        row_lengths = np.diff(row_starts.numpy())
+        token_rows = (
+            np.arange(num_rows)
+            if num_tokens == num_rows
+            else np.repeat(range(num_rows), row_lengths)
+        )
+        token_slots = block_ids[token_rows, positions // BLOCK_SIZE].astype(np.int64)
+        token_slots = token_slots * BLOCK_SIZE + positions % BLOCK_SIZE
+        seq_lens = torch.from_numpy(lengths.astype(np.int32))
+        slot_mapping = self._to_device(token_slots)
+        metadata = self._metadata_builder.build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=row_starts.to(self._device, non_blocking=True),
+                query_start_loc_cpu=row_starts,
+                seq_lens=seq_lens.to(self._device, non_blocking=True),
+                seq_lens_cpu_upper_bound=seq_lens,
+                num_reqs=num_rows,
+                num_actual_tokens=num_tokens,
+                max_query_len=int(row_lengths.max()),
+                max_seq_len=longest,
+                block_table_tensor=self._to_device(block_ids),
+                slot_mapping=slot_mapping,
+            ),
+        )
+        with set_forward_context(
+            dict.fromkeys(self._layer_names, metadata),
+            self.config,
+            num_tokens=num_tokens,
+            slot_mapping=dict.fromkeys(self._layer_names, slot_mapping),
+            skip_compiled=self._eager,
+        ):
+            self.num_tokens += num_tokens
+            hidden: torch.Tensor = self._model(
+                input_ids=token_ids, positions=self._to_device(positions.astype(np.int64))
+            )
+        return hidden
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
