@@ -89,17 +89,17 @@ def measure_engines(
         say("starting vLLM with trimtab")
         with Engine(checkpoints.target, checkpoints.networks, folder / "trimtab.log") as trimtab:
             turns = [
-                (PLAIN, plain, None),
-                (UNGUIDED, trimtab, None),
-                (GUIDED, trimtab, "guiding"),
-                (MAPPED, trimtab, "mapped"),
+                (PLAIN, plain, ()),
+                (UNGUIDED, trimtab, ()),
+                (GUIDED, trimtab, ("guiding",)),
+                (MAPPED, trimtab, ("mapped",)),
             ]
             for round_number in range(arguments.rounds + 1):  # the first one warms up
                 for batch_size in arguments.batch_sizes:
                     prompts = make_prompts(batch_size, seed=round_number)
                     runs = {
-                        name: engine.generate(prompts, arguments.tokens, network)
-                        for name, engine, network in turns
+                        name: engine.generate(prompts, arguments.tokens, *networks)
+                        for name, engine, networks in turns
                     }
                     same_tokens &= runs[UNGUIDED].tokens == runs[PLAIN].tokens
                     if runs[PLAIN].tokens in (runs[GUIDED].tokens, runs[MAPPED].tokens):

@@ -2,11 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
 from tests.models import (
+    make_contrast,
     make_mapped_network,
     make_model,
     make_network,
@@ -32,29 +33,7 @@ class Checkpoints(NamedTuple):
 
 def make_checkpoints(folder: Path, dtype: str) -> Checkpoints:
     """Write a target of 105 M parameters and three networks of 5.7 M (5.5 %), all Llama-shaped."""
-    common = {
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 512,
-        "head_dim": 64,
-        "dtype": dtype,
-    }
-    target = make_model(
-        folder / "target",
-        hidden_size=768,
-        intermediate_size=2304,
-        layers=12,
-        heads=12,
-        kv_heads=12,
-        **common,
-    )
-    small = common | {
-        "hidden_size": 256,
-        "intermediate_size": 832,
-        "layers": 4,
-        "heads": 4,
-        "kv_heads": 4,
-        "tie_word_embeddings": True,
-    }
+    target, small = _make_target(folder, dtype), _small(dtype)
     networks = {
         name: make_network(folder / name, seed=seed, **small)
         for seed, name in enumerate(("guiding", "resident"), start=1)
@@ -69,6 +48,50 @@ def make_checkpoints(folder: Path, dtype: str) -> Checkpoints:
     return Checkpoints(
         target, networks, num_parameters(target), num_parameters(networks["guiding"]), VOCAB_SIZE
     )
+
+
+def make_combining_checkpoints(folder: Path, dtype: str) -> tuple[Path, dict[str, Path]]:
+    """Write the same target, and beside it two residual networks and a pair of that size."""
+    small = _small(dtype)
+    networks = {
+        "first": make_network(folder / "first", seed=1, **small),
+        "second": make_network(folder / "second", seed=2, **small),
+        "pair": make_contrast(folder / "pair", seed=3, **small),
+    }
+    return _make_target(folder, dtype), networks
+
+
+def _make_target(folder: Path, dtype: str) -> Path:
+    return make_model(
+        folder / "target",
+        hidden_size=768,
+        intermediate_size=2304,
+        layers=12,
+        heads=12,
+        kv_heads=12,
+        **_common(dtype),
+    )
+
+
+def _common(dtype: str) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 512,
+        "head_dim": 64,
+        "dtype": dtype,
+    }
+
+
+def _small(dtype: str) -> dict[str, Any]:
+    """The shape of a network."""
+    return _common(dtype) | {
+        "hidden_size": 256,
+        "intermediate_size": 832,
+        "layers": 4,
+        "heads": 4,
+        "kv_heads": 4,
+        "tie_word_embeddings": True,
+    }
 
 
 def num_parameters(checkpoint: Path) -> int:

@@ -50,10 +50,15 @@ class Engine:
         self.dtype: str = self._receive()
         self._signal(signal.SIGSTOP)
 
-    def generate(self, prompts: Prompts, num_tokens: int, network: str | None = None) -> Run:
-        """Generate `num_tokens` greedy tokens per prompt, guided by `network` if one is named."""
+    def generate(self, prompts: Prompts, num_tokens: int, *networks: str, **choice: Any) -> Run:
+        """Generate `num_tokens` greedy tokens per prompt.
+
+        Args:
+            networks: that guide, each with a scale of 1.
+            choice: more of `server.choice.Choice`.
+        """
         self._signal(signal.SIGCONT)
-        self._pipe.send((prompts, num_tokens, network))
+        self._pipe.send((prompts, num_tokens, networks, choice))
         run: Run = self._receive()
         self._signal(signal.SIGSTOP)
         return run
@@ -94,9 +99,14 @@ def _run(pipe: Connection, target: Path, networks: dict[str, Path], log: Path) -
     plug_points: dict[str, Any] = {}
     if networks:
         from server.plugin import LOGITS_PROCESSOR, WORKER_EXTENSION
+        from server.run_directory import EXPLAIN
 
         fingerprint = tokenizer_fingerprint(PreTrainedTokenizerFast.from_pretrained(target))
-        Settings(networks=networks, key=key, tokenizer_fingerprint=fingerprint).export()
+        run_dir = log.parent
+        (run_dir / EXPLAIN).mkdir(exist_ok=True)
+        Settings(
+            networks=networks, key=key, tokenizer_fingerprint=fingerprint, run_dir=run_dir
+        ).export()
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `trimtab serve` does
         plug_points = {
             "logits_processors": [LOGITS_PROCESSOR],
@@ -112,24 +122,27 @@ def _run(pipe: Connection, target: Path, networks: dict[str, Path], log: Path) -
         for reply in llm.collective_rpc("trimtab_attach"):
             if "error" in reply:
                 raise RuntimeError(reply["error"])
+    versions = {name: check_network(folder).version for name, folder in networks.items()}
     failure_token_id = config.get_vocab_size() - 1
     pipe.send(str(config.dtype).removeprefix("torch."))
 
     while True:
         try:
-            prompts, num_tokens, network = pipe.recv()
+            prompts, num_tokens, names, more = pipe.recv()
         except EOFError:
             return
-        choice: dict[str, Any] = {}
-        if network is not None:
-            version = check_network(networks[network]).version
-            chosen = (ChosenNetwork(network, version, 1.0),)
-            choice = {
-                "extra_args": {EXTRA_ARG: seal(Choice(chosen, failure_token_id), key)},
+        guided: dict[str, Any] = {}
+        if names:
+            chosen = tuple(ChosenNetwork(name, versions[name], 1.0) for name in names)
+            choice = Choice(chosen, failure_token_id, **more)
+            if choice.explain is not None:
+                (log.parent / EXPLAIN / choice.explain).touch()
+            guided = {
+                "extra_args": {EXTRA_ARG: seal(choice, key)},
                 "stop_token_ids": [failure_token_id],
             }
         params = SamplingParams(
-            temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, **choice
+            temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, **guided
         )
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         start = time.perf_counter()
