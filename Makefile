@@ -21,8 +21,9 @@ serve: $(READY)
 	@.venv/bin/trimtab serve $(WEIGHTS)/target --served-model-name atlas \
 		--value-network-dir $(WEIGHTS)/networks --host $(HOST) --port $(PORT)
 
+# Most of the time is engines starting, each on about one core. A file's tests share their engines.
 test: $(READY)
-	@.venv/bin/python -m pytest -q
+	@.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 check: $(READY)
 	@.venv/bin/ruff format --check .
