@@ -42,7 +42,7 @@ DESCRIPTION = """\
 Make a value network out of two models of one tokenizer, without training: what the expert's logits
 have beyond the anti-expert's. Any instruction-tuned model and its own base are such a pair.
 
-Both are copied into OUT, whole or not at all. With --link, weights are hard links to the files of
+Both are copied into DIR, whole or not at all. With --link, weights are hard links to the files of
 the two models: they take no more disk, but are the same files, so none must be changed in place.
 """
 METHOD = "difference of two models' logits, without training (arXiv 2401.08565)"
@@ -229,12 +229,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="factor on its logits in requests that name none, at most 8 (default: 1)",
+        help="factor on its logits in requests that name none, -8 to 8 (default: 1)",
     )
     add("--description", default="", help="what the network does, for people")
     add(
         "--link",
         action="store_true",
         help="make hard links to the weights instead of copies: no extra disk, but their files "
-        "must not be changed in place; to delete or to replace them is safe",
+        "must not be changed in place (to delete or to replace them is safe), and they keep "
+        "owner and mode",
     )

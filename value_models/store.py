@@ -390,7 +390,7 @@ def require_network(folder: Path) -> None:
     if not (folder / MANIFEST_FILE).is_file():
         raise Missing(
             f"no {MANIFEST_FILE}; a folder without a manifest is no network "
-            "(`trimtab train` writes one)"
+            "(`trimtab train` and `trimtab pair` write one)"
         )
 
 

@@ -78,7 +78,7 @@ def _scores_echo(request: Any) -> bool:
 
 
 def _refuse_unexplained(request: Any) -> None:
-    if not getattr(request, "include_reasoning", True):
+    if getattr(request, "include_reasoning", None) is False:
         raise _conflict(
             "include_reasoning",
             "false hides the tokens of the reasoning, which value_guidance.explain would show",

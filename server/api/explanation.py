@@ -157,7 +157,10 @@ class Record:
         for number, line in enumerate(lines, start=1):
             if number % LINES_AT_ONCE == 0:  # a long answer's, all at its end: let others go on
                 await asyncio.sleep(0)
-            fields = json.loads(line, parse_float=_as_float32, parse_constant=_no_number)
+            try:
+                fields = json.loads(line, parse_float=_as_float32, parse_constant=_no_number)
+            except ValueError:
+                continue  # a full disk took a part of it: the worker's log says so
             self._found[self._index(fields["request"])][fields["position"]] = fields
 
     def _index(self, request_id: str) -> int:

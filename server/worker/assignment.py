@@ -36,16 +36,15 @@ class FusedRows(NamedTuple):
             for ordinal, chosen in enumerate(row.choice.networks):
                 scales[place, ordinal] = chosen.scale
         dynamic = [p for p, row in enumerate(members) if row.choice.dynamic and row.active]
-        floors = [[row.choice.floor] for row in members]
+        # Rows that nobody guides keep the target's logits to the last bit.
+        floors = [[row.choice.floor if row.active else 0.0] for row in members]
         return cls(
             [index for index, _ in rows],
             members,
             torch.tensor([index for index, _ in rows], device=device),
             scales.to(device),
             torch.tensor(dynamic, device=device) if dynamic else None,
-            torch.tensor(floors, device=device)
-            if any(row.choice.floor for row in members)
-            else None,
+            torch.tensor(floors, device=device) if any(floor for (floor,) in floors) else None,
         )
 
     def take(self, logits: torch.Tensor) -> FusedBatch:

@@ -30,9 +30,14 @@ class Explained(NamedTuple):
 
 
 class Explanations:
-    """The explanations of one step, until its tokens are known."""
+    """The explanations of one step, until its tokens are known.
+
+    Attributes:
+        wanted: whether this worker writes any; of tensor-parallel ranks one does.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.wanted = True
         self._folder = folder
         self._rows: Sequence[Explained] = ()
 

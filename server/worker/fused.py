@@ -11,6 +11,9 @@ import torch
 from value_models.combine import keep_target_in_charge, map_value_logits
 from value_models.fusion import Fusion, solve_weights
 
+SOLVED_AT_ONCE = 1 << 26
+"""Value logits: the solver takes about seven times their memory for as long as it works."""
+
 
 class Guided(NamedTuple):
     """What came of the rows of a `FusedBatch`."""
@@ -76,12 +79,16 @@ class FusedBatch:
         """
         weights, fusion = scales * self.present, None
         if dynamic is not None:
-            fusion = solve_weights(
-                self.restricted[dynamic],
-                self.values[dynamic],
-                self._distances[dynamic],
-                weights[dynamic],
-            )
+            parts = [
+                solve_weights(
+                    self.restricted[rows],
+                    self.values[rows],
+                    self._distances[rows],
+                    weights[rows],
+                )
+                for rows in dynamic.split(max(1, SOLVED_AT_ONCE // self.values[0].numel()))
+            ]
+            fusion = Fusion(*map(torch.cat, zip(*parts, strict=True)))
             weights = weights.index_copy(0, dynamic, fusion.weights)
         logits = self.restricted.clone()
         for network in range(weights.shape[1]):

@@ -27,7 +27,8 @@ from value_models.explain import explain
 logger = init_logger(__name__)
 
 SCORED_AT_ONCE = 256
-"""Positions of a prompt; their logits are tensors of `[positions, vocab_size]`."""
+"""Positions of a prompt, by one network; of several the fewer: the logits of all are tensors of
+`[positions, num_networks, vocab_size]`."""
 
 
 class Batch(NamedTuple):
@@ -110,7 +111,13 @@ class Guidance:
             if assignment.network.failure is None:
                 self._guide(logits, fused, assignment, batch, newest)
         if fused is not None:
-            self._fuse(logits, fused, batch)
+            try:
+                self._fuse(logits, fused, batch)
+            except Exception:  # memory, say: only these rows have failed, not their networks
+                logger.exception("guidance: rows could not be fused")
+                self.any_ended = True
+                for row in self._fused.members:
+                    row.failed = True
         if self._failure_mask is not None:
             logits.index_put_(self._failure_mask, logits.new_tensor(float("-inf")))
         return logits
@@ -126,8 +133,9 @@ class Guidance:
             float32 `[num_positions, vocab_size]`; NaN if a network fails, or has.
         """
         guided = logits.to(torch.float32)
-        for offset in range(0, len(guided), SCORED_AT_ONCE):
-            piece = guided[offset : offset + SCORED_AT_ONCE]
+        at_once = SCORED_AT_ONCE // len(row.choice.networks)
+        for offset in range(0, len(guided), at_once):
+            piece = guided[offset : offset + at_once]
             piece.copy_(self._score_positions(row, piece, start + offset))
             if self.ended(row):
                 self.any_ended = True
@@ -137,8 +145,11 @@ class Guidance:
     def ended(self, row: GuidedRow) -> bool:
         """Whether a row cannot go on.
 
-        A network that it chose has failed, is not resident at all, or cannot read so much.
+        A network that it chose has failed, is not resident at all, or cannot read so much; or the
+        row itself has failed.
         """
+        if row.failed:
+            return True
         if row.is_done:
             return False
         networks = [self._residency.find(c.name, c.version) for c in row.choice.networks]
@@ -217,6 +228,8 @@ class Guidance:
         guided = fused.guide(rows.scales, rows.dynamic, rows.floor)
         logits.index_copy_(0, rows.index, guided.logits)
         self.explanations.forget()
+        if not self.explanations.wanted:
+            return
         asked = [place for place, row in enumerate(rows.members) if row.choice.explain]
         asked = [place for place in asked if batch.sampled[rows.indices[place]]]
         if not asked:
@@ -277,36 +290,57 @@ class Guidance:
     def _score_translated(
         self, row: GuidedRow, network: ValueNetwork, start: int, num_positions: int
     ) -> tuple[torch.Tensor, Scores, torch.Tensor] | None:
-        """Score a prompt by a network of another vocabulary, one position after the other.
+        """Score a prompt by a network of another vocabulary.
 
-        Each may end in other tokens of the network's than the one after it begins with.
+        As long as positions just add to the network's tokens they are scored together. Where one
+        ends in other tokens than the next one goes on with, what comes next is computed anew.
         """
         network.release(row.slot)  # it may have read further, with another end
         reading = network.translator.follow(row.tokens)
+        ids: list[int] = []
+        ends: list[int] = []  # of the positions that wait to be scored, in `ids`
         places, scores, readings = [], [], []
+
+        def score() -> None:
+            if ends:
+                value, distances = network.score_history(
+                    row.slot, lambda a, b: ids[a:b], ends[0] - 1, ends[-1], row.choice.dynamic
+                )
+                wanted = torch.tensor([end - ends[0] for end in ends], device=self._device)
+                distances = None if distances is None else distances[wanted]
+                scores.append(Scores(value[wanted], distances))
+                ends.clear()
+
         for place in range(num_positions):
             length = start + place + 1
             kept = reading.advance(length, lambda length=length: row.tokens(length - 1, length)[0])
-            network.rewind(row.slot, kept)
+            end = len(reading.ids)
+            if kept < len(ids) or (ends and end - ends[0] >= SCORED_AT_ONCE):
+                score()
+                network.rewind(row.slot, kept)
+            ids[kept:] = reading.ids[kept:]
             if reading.waiting:
                 continue
-            end = len(reading.ids)
-            scores.append(
-                network.score_history(row.slot, reading.tokens, end - 1, end, row.choice.dynamic)
-            )
+            if end > network.max_context:  # the whole prompt may be shorter than its beginning
+                row.translation(network).outgrown = True
+                break
+            ends.append(end)
             places.append(place)
             readings.append(network.translator.columns([reading]))
+        score()
         network.release(row.slot)
         if not places:
             return None
-        columns = [found[0] if found.dim() == 2 else found for found in readings]
+        columns = readings[0]
+        if any(found.dim() == 2 for found in readings):
+            columns = torch.stack([found.view(-1, found.shape[-1])[0] for found in readings])
         return (
             torch.tensor(places, device=self._device),
             Scores(
                 torch.cat([score.value for score in scores]),
                 torch.cat([score.distances for score in scores]) if row.choice.dynamic else None,
             ),
-            torch.stack(columns),
+            columns,
         )
 
     def _caught(self, network: ValueNetwork, error: BaseException) -> None:

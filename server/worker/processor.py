@@ -9,7 +9,6 @@ read no more.
 """
 
 import time
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import SamplerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from server.token_bytes import TokenBytes
     from server.worker.row import GuidedRow
 
 logger = init_logger(__name__)
@@ -53,6 +51,7 @@ class ValueGuidance(LogitsProcessor):
     def __init__(
         self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool
     ) -> None:
+        from server.token_bytes import TokenBytes
         from server.worker.guidance import Guidance
         from server.worker.residency import Residency
 
@@ -63,7 +62,9 @@ class ValueGuidance(LogitsProcessor):
         self._runner: GPUModelRunner | None = None
         self.residency = Residency(vllm_config, settings, device)
         self.guidance = Guidance(self.residency, device, settings.run_dir)
-        self._token_bytes = settings.token_bytes
+        # Mapped now: a file that cannot be read must not end an engine that serves.
+        spelled = settings.token_bytes
+        self._spelling = None if spelled is None else TokenBytes.load(spelled)
         self._last_step = 0.0
 
     def is_argmax_invariant(self) -> bool:
@@ -80,9 +81,8 @@ class ValueGuidance(LogitsProcessor):
             self._runner = runner
             self.residency.settle()
             runner.sampler.register_forward_pre_hook(self._enter_sampler, with_kwargs=True)
-            # All tensor-parallel ranks explain alike; one of them writes it down.
-            if get_tensor_model_parallel_rank() == 0:
-                runner.sampler.register_forward_hook(self._leave_sampler)
+            self.guidance.explanations.wanted = get_tensor_model_parallel_rank() == 0
+            runner.sampler.register_forward_hook(self._leave_sampler)
             guide_prompt_scores(runner, self.guidance, self._rows)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -137,13 +137,6 @@ class ValueGuidance(LogitsProcessor):
             return None
         spelling = None if choice.until_text is None else self._spelling
         return GuidedRow(choice, prompt_ids or [], output_ids, spelling)
-
-    @cached_property
-    def _spelling(self) -> "TokenBytes | None":
-        """What tokens spell: mapped into memory when the first request wants to know."""
-        from server.token_bytes import TokenBytes
-
-        return None if self._token_bytes is None else TokenBytes.load(self._token_bytes)
 
     def _enter_sampler(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

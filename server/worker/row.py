@@ -15,6 +15,7 @@ class GuidedRow:
             adapter gives it one.
         translations: the row as networks of another vocabulary read it.
         control: when its guidance begins and ends; None: from first to last.
+        failed: it could not be guided, though its networks are sound.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class GuidedRow:
     ) -> None:
         self.choice = choice
         self.slot: int | None = None
+        self.failed = False
         self.translations: dict[ValueNetwork, TranslatedRow] = {}
         self.control: Control | None = None
         if choice.after or choice.until_tokens is not None or choice.until_text is not None:

@@ -64,10 +64,10 @@ def _guided_logits(
                 return logits
             computed = int(runner.input_batch.num_computed_tokens_cpu[index])
             return guidance.score_prompt(row, logits, computed + first - int(starts[index]))
-        except Exception as error:  # an exception here would end the engine and every request
+        except Exception:  # an exception here would end the engine and every request
+            # What has failed is this request, and NaN says so; its networks steer others well.
             logger.exception("guidance: scoring a prompt threw")
-            guidance.fail(f"scoring a prompt threw {type(error).__name__}: {error}")
-            return logits.float().fill_(float("nan"))
+            return torch.full_like(logits, float("nan"))
 
     model.compute_logits = compute_logits
     try:

@@ -37,6 +37,7 @@ def check(
         ({"until": "x"} | AFTER | EXPLAIN, {"echo": True, "logprobs": False}),
         ({"until": "x"} | AFTER | EXPLAIN, {"echo": False, "logprobs": 1}),
         (EXPLAIN, {"include_reasoning": True, "echo": True, "max_tokens": 1}),
+        (EXPLAIN, {"include_reasoning": None}),
         (EXPLAIN, {"echo": False, "max_tokens": 0}),
         (PLAIN, {"include_reasoning": False, "echo": True, "max_tokens": 0}),
     ],

@@ -140,6 +140,16 @@ async def test_of_a_token_that_was_computed_twice_the_later_line_counts(tmp_path
     assert told(explained.take_all()) == {0: [0, 6]}
 
 
+async def test_a_line_of_which_a_full_disk_took_a_part_costs_only_what_it_says(
+    tmp_path: Path,
+) -> None:
+    explained = explanation(tmp_path)
+    with explained.begin(1) as record:
+        write(tmp_path, record, line(0), line(1)[:30], line(2), line(3))
+        await record.passed(output(4))
+    assert told(explained.take_all()) == {0: [0, 30]}
+
+
 async def test_a_token_that_was_taken_back_is_not_told(tmp_path: Path) -> None:
     explained = explanation(tmp_path)
     with explained.begin(1) as record:
