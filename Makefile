@@ -21,9 +21,13 @@ serve: $(READY)
 	@.venv/bin/trimtab serve $(WEIGHTS)/target --served-model-name atlas \
 		--value-network-dir $(WEIGHTS)/networks --host $(HOST) --port $(PORT)
 
-# Most of the time is engines starting, each on about one core. A file's tests share their engines.
+# Most of the time is engines starting, each on about one core: two at once, but for tests that need the
+# machine for themselves. A file's tests share their engines.
 test: $(READY)
-	@.venv/bin/python -m pytest -q -n 2 --dist loadfile
+	@status=0; \
+	.venv/bin/python -m pytest -q -m alone || status=1; \
+	.venv/bin/python -m pytest -q -m "not alone" -n 2 --dist loadfile || status=1; \
+	exit $$status
 
 check: $(READY)
 	@.venv/bin/ruff format --check .

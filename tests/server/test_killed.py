@@ -30,6 +30,8 @@ from tests.server.serving import Served, serving
 from value_models.publish import publish
 from value_models.store import Store, check_network
 
+pytestmark = pytest.mark.alone  # a change is killed before it ends, or it tells nothing
+
 KILLS = 24
 LATEST = {"load": 0.06, "publish": 0.03, "unload": 0.006}
 """Seconds after a change began; about as long as it takes."""

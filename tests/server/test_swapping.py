@@ -34,6 +34,8 @@ from tests.server.operator import LoadFailed, Operator
 from tests.server.serving import TARGET, Served, serving
 from value_models.publish import publish
 
+pytestmark = pytest.mark.alone  # requests must outlast what is done meanwhile
+
 STREAMS = 16
 CYCLES = 100
 MEASURED_CYCLES = 30
