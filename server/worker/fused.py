@@ -79,16 +79,7 @@ class FusedBatch:
         """
         weights, fusion = scales * self.present, None
         if dynamic is not None:
-            parts = [
-                solve_weights(
-                    self.restricted[rows],
-                    self.values[rows],
-                    self._distances[rows],
-                    weights[rows],
-                )
-                for rows in dynamic.split(max(1, SOLVED_AT_ONCE // self.values[0].numel()))
-            ]
-            fusion = Fusion(*map(torch.cat, zip(*parts, strict=True)))
+            fusion = self._solve(weights, dynamic)
             weights = weights.index_copy(0, dynamic, fusion.weights)
         logits = self.restricted.clone()
         for network in range(weights.shape[1]):
@@ -96,3 +87,17 @@ class FusedBatch:
         if floor is not None:
             logits = keep_target_in_charge(logits, self.target, floor)
         return Guided(logits, weights, fusion)
+
+    def _solve(self, bounds: torch.Tensor, dynamic: torch.Tensor) -> Fusion:
+        """Solve for the weights of some rows, int64 `[num_dynamic]`, in order."""
+        at_once = max(1, SOLVED_AT_ONCE // self.values[0].numel())
+        num_rows = len(bounds)
+        if num_rows == len(dynamic) <= at_once:  # nothing to pick
+            return solve_weights(self.restricted, self.values, self._distances, bounds)
+        parts = [
+            solve_weights(
+                self.restricted[rows], self.values[rows], self._distances[rows], bounds[rows]
+            )
+            for rows in dynamic.split(at_once)
+        ]
+        return Fusion(*map(torch.cat, zip(*parts, strict=True)))
