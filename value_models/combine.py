@@ -38,6 +38,12 @@ def add_value_logits(
         known = columns.clamp(min=0)
         value = value[:, known] if columns.dim() == 1 else value.gather(1, known)
     covered = min(logits.shape[1], value.shape[1])
+    if rows is None and columns is None:
+        # One pass over the logits, and no other tensor of their size.
+        factor = torch.as_tensor(scale, dtype=torch.float32, device=logits.device)
+        logits[:, :covered].addcmul_(value[:, :covered], factor)
+        logits[:, covered:] = EXCLUDED
+        return
     scaled = value[:, :covered].float() * scale
     if columns is not None:
         # After scaling: a negative scale would turn an exclusion into a promotion.

@@ -57,6 +57,7 @@ class Assignment(NamedTuple):
 
     network: ValueNetwork
     rows: np.ndarray  # int64 [num_guided]
+    index: torch.Tensor  # `rows` on the device
     slots: np.ndarray  # int64 [num_guided]
     histories: list[TokensOf]
     translations: list[TranslatedRow]  # [num_guided], or empty where both vocabularies are one
@@ -72,13 +73,15 @@ class Assignment(NamedTuple):
         if chosen.all():
             return self
         kept = np.flatnonzero(chosen)
+        on_device = torch.from_numpy(kept).to(self.index.device)
         return Assignment(
             self.network,
             self.rows[kept],
+            self.index[on_device],
             self.slots[kept],
             [self.histories[i] for i in kept],
             [self.translations[i] for i in kept] if self.translations else [],
-            self.scales[torch.from_numpy(kept)],
+            self.scales[on_device],
             self.places[kept],
             self.ordinals[kept],
             self.dynamic[kept],
@@ -158,11 +161,13 @@ def _assign(
 ) -> Assignment:
     rows = [member.row for member in members]
     translations = [t for row in rows if (t := row.translation(network)) is not None]
+    indices = np.array([member.index for member in members])
     fused_places = np.array([places.get(member.index, NOT_FUSED) for member in members])
     dynamic = np.array([row.choice.dynamic for row in rows])
     return Assignment(
         network,
-        np.array([member.index for member in members]),
+        indices,
+        torch.from_numpy(indices).to(device),
         np.array([row.slot for row in rows]),
         [history.tokens for history in translations or rows],
         translations,

@@ -177,6 +177,7 @@ class BlockTable:
         capacity: int32 `[max_rows]`, tokens that the slot's blocks can hold.
         last_used: int64 `[max_rows]`, when a slot last ran, by the pool's `tick`.
         block_ids: int32 `[max_rows, max_blocks]`.
+        revision: changes whenever `block_ids` does.
         requests: vLLM's record of each slot that owns blocks.
         drops: sequences that lost their blocks to others and had to be recomputed.
         prefix_queries: tokens of sequences that were looked up in the prefix cache.
@@ -190,12 +191,40 @@ class BlockTable:
         self.last_used = np.zeros(max_rows, dtype=np.int64)
         max_blocks = -(-max_context // BLOCK_SIZE)
         self.block_ids = np.zeros((max_rows, max_blocks), dtype=np.int32)
+        self.revision = 0
         self.requests: dict[int, Request] = {}
         self.held: set[int] = set()
         self.drops = self.prefix_queries = self.prefix_hits = 0
         self._pool = pool
         self._salt = salt
         self._opened = 0
+
+    @property
+    def max_rows(self) -> int:
+        """How many slots there are."""
+        return len(self.computed)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that the blocks of one slot can hold at most."""
+        return self.block_ids.shape[1] * BLOCK_SIZE
+
+    def places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Return where in the pool single tokens lie.
+
+        Args:
+            slots: int64 `[num_tokens]`.
+            positions: int32 `[num_tokens]`, within the slots' sequences.
+
+        Returns:
+            int64 `[num_tokens]`, vLLM's slot mapping.
+        """
+        blocks = self.block_ids[slots, positions // BLOCK_SIZE].astype(np.int64)
+        return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+
+    def first_blocks(self, slots: np.ndarray, num_tokens: int) -> np.ndarray:
+        """Return the blocks of the first tokens: int32 `[num_slots, num_blocks]`."""
+        return self.block_ids[slots, : -(-num_tokens // BLOCK_SIZE)]
 
     def open(self, slot: int, tokens: TokensOf, num_stable: int) -> None:
         """Start a slot's sequence: `computed` becomes what the prefix cache already holds.
@@ -233,7 +262,14 @@ class BlockTable:
         self.last_used[slot] = self._pool.now
         self._refresh(slot)
 
-    def reserve(self, slot: int, tokens: TokensOf, length: int, num_stable: int) -> bool:
+    def reserve(
+        self,
+        slot: int,
+        tokens: TokensOf,
+        length: int,
+        num_stable: int,
+        may_drop: bool = True,
+    ) -> bool:
         """Make room for the first `length` tokens of an open slot, dropping others where needed.
 
         vLLM publishes the blocks that these tokens fill to the prefix cache right away: the caller
@@ -242,7 +278,7 @@ class BlockTable:
         again is nobody else's.
 
         Returns:
-            False when the pool is full of held sequences.
+            False when the pool is full of held sequences; without `may_drop`, of any.
         """
         if length <= self.capacity[slot]:
             return True
@@ -253,7 +289,7 @@ class BlockTable:
             request.append_output_token_ids(tokens(known, num_stable))
         num_new = length - request.num_computed_tokens
         while (blocks := self._pool._manager.allocate_slots(request, num_new)) is None:
-            if not self._pool.drop_least_recently_used():
+            if not (may_drop and self._pool.drop_least_recently_used()):
                 return False
         if self._pool.tainted:
             self._pool.clear(blocks.get_block_ids()[0])
@@ -281,4 +317,5 @@ class BlockTable:
     def _refresh(self, slot: int) -> None:
         (blocks,) = self._pool._manager.get_block_ids(self.requests[slot].request_id)
         self.block_ids[slot, : len(blocks)] = blocks
+        self.revision += 1
         self.capacity[slot] = len(blocks) * BLOCK_SIZE

@@ -12,6 +12,8 @@ from vllm import envs
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, VllmConfig
 
+from server.worker.graphs import GraphMemory
+
 LAYER_PREFIX = "value_network"
 """Prefix of every model's layers: the names are constants of a compiled forward."""
 
@@ -32,9 +34,14 @@ def compilation_mode(target: VllmConfig) -> CompilationMode:
 
 
 class CompiledForwards:
-    """The compiled forwards of a worker, by architecture."""
+    """The compiled forwards of a worker, by architecture.
+
+    Attributes:
+        graphs: what the CUDA graphs of all models share.
+    """
 
     def __init__(self) -> None:
+        self.graphs = GraphMemory()
         self._forwards: dict[str, Any] = {}
 
     def knows(self, config: VllmConfig) -> bool:

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from server.worker.blocks import BLOCK_SIZE
 from server.worker.compilation import compilation_mode
 from server.worker.loading import know_architecture
+from server.worker.precision import network_dtype
 from value_models.store import CONFIG_FILE
 
 TOKENS_PER_TARGET_TOKEN = 4
@@ -37,7 +38,7 @@ def model_config(path: Path, target: VllmConfig, translated: bool) -> VllmConfig
         know_architecture(architecture)
     config.model_config = ModelConfig(
         model=str(path),
-        dtype=target.model_config.dtype,
+        dtype=network_dtype(target.model_config.dtype, target.device_config.device_type),
         seed=target.model_config.seed,
         enforce_eager=True,
         skip_tokenizer_init=True,
@@ -54,7 +55,7 @@ def model_config(path: Path, target: VllmConfig, translated: bool) -> VllmConfig
     config.compilation_config.static_forward_context = {}
     config.compilation_config.static_all_moe_layers = []
     config.compilation_config.mode = compilation_mode(target)
-    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    config.compilation_config.cudagraph_mode = _graph_mode(target)
     config.parallel_config = copy.copy(target.parallel_config)
     config.parallel_config.is_moe_model = False
     config.cache_config = copy.copy(target.cache_config)
@@ -67,6 +68,12 @@ def model_config(path: Path, target: VllmConfig, translated: bool) -> VllmConfig
     config.speculative_config = None
     config.kv_transfer_config = None
     return config
+
+
+def _graph_mode(target: VllmConfig) -> CUDAGraphMode:
+    """Capture decoding steps whole where vLLM does so for the target (`server.worker.graphs`)."""
+    whole = target.compilation_config.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+    return CUDAGraphMode.FULL_DECODE_ONLY if whole else CUDAGraphMode.NONE
 
 
 def _shorten_positions(model_config: ModelConfig) -> None:

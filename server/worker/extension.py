@@ -62,7 +62,9 @@ class ValueNetworkWorker:
 
     def _answer(self, ask: "Callable[[Residency], Reply]") -> Reply:
         try:
-            return ask(self._value_guidance().residency)
+            processor = self._value_guidance()
+            processor.guidance.collect()
+            return ask(processor.residency)
         except Exception as error:
             logger.exception("a call about value networks failed")
             return {"error": f"{type(error).__name__}: {error}"}

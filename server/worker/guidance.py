@@ -21,6 +21,7 @@ from server.worker.fused import FusedBatch
 from server.worker.network import Rows, Scores, ValueNetwork
 from server.worker.residency import Residency
 from server.worker.row import GuidedRow
+from server.worker.soundness import soundness
 from value_models.combine import add_value_logits
 from value_models.explain import explain
 
@@ -38,6 +39,9 @@ class Batch(NamedTuple):
     sampled: np.ndarray  # bool [num_rows], False: still in chunked prefill, its sample is discarded
     last_tokens: torch.Tensor  # int [num_rows] on the device, the last input token of each row
     request_ids: Sequence[str]  # [num_rows]
+    history: torch.Tensor | None = None
+    """Int32 `[max_rows, max_model_len]` on the device: the tokens of each row, by its slot, this
+    step's input included; None: they are on the host only, see `GuidedRow.tokens`."""
 
 
 class Guidance:
@@ -64,12 +68,16 @@ class Guidance:
         self._revision = residency.revision
         self._assignments: list[Assignment] = []
         self._fused: FusedRows | None = None
-        self._failure_mask: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._soundness = soundness(device, self.fail)
+        self._failure_tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._excluded = torch.tensor(float("-inf"), device=device)
 
     def release(self, row: GuidedRow) -> None:
         """Forget a row that left the batch; it may come back as a new one."""
-        for network in self._residency.networks():
-            network.release(row.slot)
+        for chosen in row.choice.networks:
+            network = self._residency.find(chosen.name, chosen.version)
+            if network is not None:
+                network.release(row.slot)
 
     def arrange(self, rows: dict[int, GuidedRow]) -> None:
         """Take note of where guided rows now are in the batch: index -> row."""
@@ -80,7 +88,7 @@ class Guidance:
         fused = [(i, r) for i, r in ordered if r.is_fused and (r.active or r.choice.explain)]
         self._fused = FusedRows.of(fused, self._device) if fused else None
         self._assignments = assign(ordered, self._fused, self._residency.find, self._device)
-        self._failure_mask = (
+        self._failure_tokens = (
             torch.tensor(list(rows), dtype=torch.int64, device=self._device),
             torch.tensor(
                 [row.choice.failure_token_id for row in rows.values()],
@@ -102,6 +110,7 @@ class Guidance:
             float32 `[num_rows, vocab_size]`; rows without guidance are exactly the target's.
         """
         newest = cache(batch.last_tokens.tolist)  # waits for the device: once, and only if asked
+        self.collect()
         turned = self._follow_controls(batch, newest) if self._controlled else False
         if turned or self._revision != self._residency.revision:
             self.arrange(self._rows)
@@ -118,8 +127,9 @@ class Guidance:
                 self.any_ended = True
                 for row in self._fused.members:
                     row.failed = True
-        if self._failure_mask is not None:
-            logits.index_put_(self._failure_mask, logits.new_tensor(float("-inf")))
+        if self._failure_tokens is not None:
+            logits.index_put_(self._failure_tokens, self._excluded)
+            self._soundness.settle(logits, *self._failure_tokens)
         return logits
 
     def score_prompt(self, row: GuidedRow, logits: torch.Tensor, start: int) -> torch.Tensor:
@@ -164,6 +174,11 @@ class Guidance:
             network.fail(reason)
             logger.error("value network %s failed: %s", network, reason)
 
+    def collect(self) -> None:
+        """Learn what the device has found out since: a network whose logits are not finite fails
+        when its verdict arrives."""
+        self._soundness.collect()
+
     def _follow_controls(self, batch: Batch, newest: Callable[[], list[int]]) -> bool:
         """Let rows begin and end to be guided; returns whether any did."""
         turned = False
@@ -195,33 +210,29 @@ class Guidance:
     ) -> None:
         """Add what one network thinks to its rows; where they are fused, to `fused`."""
         network = assignment.network
-        columns = None
         began = time.perf_counter()
         try:
-            assignment = assignment.only(self._ready(assignment, batch, newest))
-            if not len(assignment.rows):
-                return
-            everything = len(assignment.rows) == len(batch.lengths)
-            rows = None if everything else torch.from_numpy(assignment.rows).to(self._device)
-            if network.translator is None:
-                lengths = batch.lengths[assignment.rows]
-                last_tokens = batch.last_tokens if everything else batch.last_tokens[rows]
-                read = Rows(assignment.slots, lengths, last_tokens, assignment.histories, lengths)
-            else:
-                read = _translated(assignment, self._device)
-                columns = network.translator.columns(assignment.translations)
-            scores = network.score(read, assignment.dynamic if assignment.any_dynamic else None)
+            scored, owed = self._divide(assignment, batch, newest)
+            if len(scored.rows):
+                read = self._rows_of(scored, batch)
+                scores = network.score(read, scored.dynamic if scored.any_dynamic else None)
+            if owed is not None:
+                network.read(owed)
         except BaseException as error:  # whatever it is, it must not reach the engine
             self._caught(network, error)
             return
-        if not self._is_sound(network, scores):
+        if not len(scored.rows) or not self._soundness.admits(network, scores, scored.index):
             return
         network.seconds += time.perf_counter() - began
         network.last_used = time.time()
-        if fused is None or assignment.is_plain:
-            add_value_logits(logits, scores.value, assignment.scales, rows, columns)
+        columns = None
+        if network.translator is not None:
+            columns = network.translator.columns(scored.translations)
+        if fused is None or scored.is_plain:
+            rows = None if len(scored.rows) == len(logits) else scored.index
+            add_value_logits(logits, scores.value, scored.scales, rows, columns)
         else:
-            assignment.divide(logits, fused, scores, columns)
+            scored.divide(logits, fused, scores, columns)
 
     def _fuse(self, logits: torch.Tensor, fused: FusedBatch, batch: Batch) -> None:
         rows = self._fused
@@ -349,36 +360,56 @@ class Guidance:
         logger.exception("value network %s threw", network)
         self.fail(f"it threw {type(error).__name__}: {error}", network)
 
-    def _is_sound(self, network: ValueNetwork, scores: Scores) -> bool:
-        # A sum is finite only if every logit is: one pass, one number to wait for.
-        total = scores.value.sum(dtype=torch.float32)
-        if scores.distances is not None:
-            total = total + scores.distances.sum()
-        if torch.isfinite(total):
-            return True
-        self.fail("its logits are not finite", network)
-        return False
+    def _divide(
+        self, assignment: Assignment, batch: Batch, newest: Callable[[], list[int]]
+    ) -> tuple[Assignment, Rows | None]:
+        """Return the rows that the network scores in this step, and what else it reads.
 
-    def _ready(
+        Rows in chunked prefill are not sampled. The network follows them chunk by chunk, or a long
+        prompt would keep everyone waiting at its end.
+        """
+        sampled = batch.sampled[assignment.rows]
+        ready = sampled
+        if assignment.network.translator is not None:
+            ready = self._advance(assignment, batch, newest)
+        scored = assignment.only(ready)
+        if sampled.all():
+            return scored, None
+        owed = self._rows_of(assignment.only(~sampled), batch)
+        if assignment.network.translator is not None:
+            owed = owed._replace(lengths=owed.num_stable)
+        return scored, owed
+
+    def _advance(
         self, assignment: Assignment, batch: Batch, newest: Callable[[], list[int]]
     ) -> np.ndarray:
-        """Return which rows the network scores in this step, as bool `[num_guided]`.
+        """Have a network of another vocabulary read what is new; returns bool `[num_guided]`.
 
-        A network of another vocabulary reads what is new at first. It has no opinion on a row that
-        waits, say for the rest of a character: the target alone goes on.
+        True are rows that it scores in this step. It has no opinion on a row that waits, say for
+        the rest of a character: the target alone goes on.
         """
         network = assignment.network
         ready = batch.sampled[assignment.rows]
-        if network.translator is None:
-            return ready
-        for i in np.flatnonzero(ready).tolist():
-            row, index = assignment.translations[i], assignment.rows[i]
+        for i, row in enumerate(assignment.translations):
+            index = assignment.rows[i]
             kept = row.advance(int(batch.lengths[index]), lambda index=index: newest()[index])
             network.rewind(assignment.slots[i], kept)
             if not row.waiting and len(row.ids) > network.max_context:
-                row.outgrown = self.any_ended = True
-            ready[i] = not (row.waiting or row.outgrown)
+                row.outgrown = True
+                self.any_ended |= bool(ready[i])
+            ready[i] &= not (row.waiting or row.outgrown)
         return ready
+
+    def _rows_of(self, assignment: Assignment, batch: Batch) -> Rows:
+        """Return rows as their network reads them."""
+        if assignment.network.translator is not None:
+            return _translated(assignment, self._device)
+        lengths, last_tokens = batch.lengths, batch.last_tokens
+        if len(assignment.rows) != len(lengths):
+            lengths, last_tokens = lengths[assignment.rows], last_tokens[assignment.index]
+        return Rows(
+            assignment.slots, lengths, last_tokens, assignment.histories, lengths, batch.history
+        )
 
 
 def _places(rows: Sequence[int]) -> dict[int, int]:

@@ -12,15 +12,14 @@ from vllm.config import (
     get_layers_from_vllm_config,
     set_current_vllm_config,
 )
-from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 
-from server.worker.blocks import BLOCK_SIZE, BlockPool, BlockTable, KVShape, TokensOf
+from server.worker.blocks import BlockPool, BlockTable, KVShape, TokensOf
 from server.worker.compilation import CompiledForwards
 from server.worker.configuration import kv_spec, model_config
+from server.worker.forward import Forward
 from server.worker.loading import (
     Pieces,
     construct,
@@ -41,6 +40,7 @@ class Rows(NamedTuple):
     last_tokens: torch.Tensor  # int [num_rows] on the device, this step's input tokens
     histories: Sequence[TokensOf]  # [num_rows], each row's tokens as far as the host knows
     num_stable: np.ndarray  # int32 [num_rows], leading tokens of history that will never change
+    on_device: torch.Tensor | None = None  # int32 [max_rows, max_tokens], histories by slot, if so
 
     def at(self, indices: torch.Tensor) -> "Rows":
         """Return some of the rows. `indices`: int64 `[num_chosen]` on the host."""
@@ -51,6 +51,7 @@ class Rows(NamedTuple):
             self.last_tokens[indices.to(self.last_tokens.device)],
             [self.histories[i] for i in chosen],
             self.num_stable[chosen],
+            self.on_device,
         )
 
 
@@ -133,14 +134,13 @@ class NetworkModel:
         config.cache_config.kv_cache_layout = get_supported_kv_cache_layouts(
             {layer.get_attn_backend() for layer in self._layers.values()}
         )[0].name
-        self._layer_names = list(self._layers)
         self.kv_shape = KVShape(kv_spec(self._layers), len(self._layers))
         self.pool: BlockPool | None = None
         scheduler = target_config.scheduler_config
         self._max_rows = scheduler.max_num_seqs
         self._max_tokens = max(scheduler.max_num_batched_tokens, self._max_rows)
-        self._row_starts = torch.arange(self._max_rows + 1, dtype=torch.int32)
-        self._eager = False
+        # A client may send, and another processor sample, ids that only the target has.
+        self._lacks_ids = self.vocab_size < target_config.model_config.get_vocab_size()
 
     def bind(self, pool: BlockPool, max_context: int, salt: str) -> None:
         """Take KV blocks from `pool`.
@@ -154,14 +154,12 @@ class NetworkModel:
         self.table = pool.new_table(self._max_rows, max_context, salt)
         for layer, cache in zip(self._layers.values(), pool.layer_caches, strict=True):
             layer.bind_kv_cache(cache)
-        backend = next(iter(self._layers.values())).get_attn_backend()
-        with set_current_vllm_config(self.config, check_compile=False):
-            self._metadata_builder = backend.get_builder_cls()(
-                self.kv_shape.layer, self._layer_names, self.config, self._device
-            )
+        self._forward = Forward(
+            self._model, self._layers, self.kv_shape.layer, self.config, self.table, self._device
+        )
 
     def warm_up(self, forwards: CompiledForwards) -> Pieces:
-        """Try the model, compiled or not: what cannot run must be known before requests come.
+        """Try the model, as it will run: what cannot must be known before requests come.
 
         The tokens go into vLLM's null block, which nobody reads.
 
@@ -171,41 +169,41 @@ class NetworkModel:
         Raises:
             RuntimeError: vLLM's kernels cannot run the model's shape.
         """
+        yield  # all workers have come so far: what follows may wait for the others
+        eager = self._try(eager=True)
+        yield
+        if self.config.compilation_config.mode != CompilationMode.NONE:
+            forwards.adopt(self._model, self.config)
+            compiled = self._try(eager=False)
+            # Rounding differs by a few per mille; another network's weights would by about 100 %.
+            self._forward.eager = not _alike(compiled, eager)
+            if self._forward.eager:
+                logger.warning("%s: its compiled forward is off, running eagerly", self.path)
+            else:
+                forwards.keep(self._model, self.config)
+            yield
+        yield from self._forward.capture(forwards.graphs)
+        if self._forward.has_graphs and not _alike(self._try(eager=False), eager):
+            logger.warning("%s: its CUDA graphs are off, running without them", self.path)
+            self._forward.forget_graphs()
+
+    def _try(self, eager: bool) -> torch.Tensor:
+        """Return float32 logits of a decoding step of a few rows, compiled and captured or not."""
         # Two rows at least: torch.compile would take a size of 1 for a constant.
         num_rows = min(8, self._max_rows)
         slots, positions = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=np.int32)
-        tokens = torch.arange(num_rows, device=self._device, dtype=torch.int32)
-        tokens %= self.vocab_size
-
-        def run(eager: bool) -> torch.Tensor:
-            self._eager = eager
-            with (
-                torch.inference_mode(),
-                set_current_vllm_config(self.config, check_compile=False),
-            ):
-                logits = self._decode(slots, positions, tokens).float()
-            self.table.release(0)
-            return logits
-
-        yield  # all workers have come so far: what follows may wait for the others
-        eager = run(eager=True)
-        yield
-        if self.config.compilation_config.mode == CompilationMode.NONE:
-            return
-        forwards.adopt(self._model, self.config)
-        compiled = run(eager=False)
-        # Rounding differs by a few per mille; another network's weights would by about 100 %.
-        self._eager = not (compiled - eager).norm() <= 0.05 * eager.norm()
-        if self._eager:
-            logger.warning("%s: its compiled forward is off, running eagerly", self.path)
-        else:
-            forwards.keep(self._model, self.config)
-        yield
+        tokens = torch.arange(num_rows, device=self._device, dtype=torch.int32) % self.vocab_size
+        self._forward.eager = eager
+        with torch.inference_mode(), set_current_vllm_config(self.config, check_compile=False):
+            logits = self._decode(slots, positions, tokens).float()
+        self.table.release(0)
+        return logits
 
     def free(self) -> None:
         """Give back weights and KV blocks. The model must not be used any more."""
         if self.pool is not None:
             self.pool.remove_table(self.table)
+            self._forward.forget_graphs()
         release_weights(self._model)
         self.config.compilation_config.static_forward_context.clear()
 
@@ -217,18 +215,27 @@ class NetworkModel:
         Returns:
             `[num_rows, vocab_size]` in the model's dtype.
         """
-        table = self.table
-        positions = rows.lengths - 1
-        # A client may send, and another processor sample, ids that only the target has.
-        rows = rows._replace(last_tokens=rows.last_tokens.clamp(0, self.vocab_size - 1))
-        if np.array_equal(table.computed[rows.slots], positions) and np.all(
-            rows.lengths <= table.capacity[rows.slots]
-        ):
+        table, positions = self.table, rows.lengths - 1
+        if self._lacks_ids:
+            rows = rows._replace(last_tokens=rows.last_tokens.clamp(max=self.vocab_size - 1))
+        if (table.computed[rows.slots] == positions).all() and self._make_room(rows):
             logits = self._decode(rows.slots, positions, rows.last_tokens)
         else:
-            logits = self._extend(rows)
+            logits = self._model.compute_logits(self._extend(rows))
         table.last_used[rows.slots] = self.pool.tick()
         return logits
+
+    def read(self, rows: Rows) -> None:
+        """Bring rows' histories into the KV cache, for steps to come.
+
+        One forward at most, and only where there is room: nobody else's blocks are taken for it.
+        """
+        table = self.table
+        table.last_used[rows.slots] = self.pool.tick()
+        owing = np.flatnonzero(table.computed[rows.slots] < rows.lengths).tolist()
+        part = self._next_part(rows, owing, may_drop=False)
+        if part:
+            self._run_part(rows, part, [])
 
     def score_history(self, slot: int, tokens: TokensOf, start: int, stop: int) -> torch.Tensor:
         """Return the logits behind each of one row's tokens from `start` to before `stop`.
@@ -278,37 +285,62 @@ class NetworkModel:
         self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor
     ) -> torch.Tensor:
         """Run one token of each row. The hot path: no Python per row."""
-        hidden = self._forward(
-            tokens, positions, self._row_starts[: len(slots) + 1], slots, positions + 1
-        )
+        hidden = self._forward.decode(tokens, positions, slots)
         self.table.computed[slots] = positions + 1
+        self.num_tokens += len(slots)
         return self._model.compute_logits(hidden)
 
+    def _make_room(self, rows: Rows) -> bool:
+        """Find blocks for rows whose last one is full; False: not for all of them."""
+        table = self.table
+        full = np.flatnonzero(rows.lengths > table.capacity[rows.slots]).tolist()
+        if not all(int(rows.slots[index]) in table.requests for index in full):
+            return False  # a row of one token, which is not open yet
+        if not full:
+            return True
+        table.held.update(rows.slots.tolist())
+        try:
+            return all(
+                table.reserve(
+                    int(rows.slots[index]),
+                    rows.histories[index],
+                    int(rows.lengths[index]),
+                    int(rows.num_stable[index]),
+                )
+                for index in full
+            )
+        finally:
+            table.held.clear()
+
     def _extend(self, rows: Rows) -> torch.Tensor:
-        """Run whatever each row still owes, in as many forwards as memory asks for."""
+        """Run whatever each row still owes, in as many forwards as memory asks for.
+
+        Returns:
+            The last hidden state of each row, `[num_rows, hidden_size]`.
+        """
         table = self.table
         for index, slot in enumerate(rows.slots.tolist()):
             if slot in table.requests and table.computed[slot] >= rows.lengths[index]:
                 table.release(slot)  # the history was cut short
-        logits: list[torch.Tensor | None] = [None] * len(rows.slots)
+        order: list[int] = []
+        states: list[torch.Tensor] = []
         pending = list(range(len(rows.slots)))
         while pending:
             part = self._next_part(rows, pending)
-            finished = [
-                (i, index)
-                for i, (index, start, stop) in enumerate(part)
-                if stop == rows.lengths[index]
-            ]
-            hidden = self._run_part(rows, part, [i for i, _ in finished])
-            for (_, index), row_logits in zip(
-                finished, self._model.compute_logits(hidden) if finished else (), strict=True
-            ):
-                logits[index] = row_logits
-            done = {index for _, index in finished}
+            assert part, "the pool holds less than one context"
+            finished = [i for i, (index, _, end) in enumerate(part) if end == rows.lengths[index]]
+            states.append(self._run_part(rows, part, finished))
+            done = [part[i][0] for i in finished]
+            order += done
             pending = [index for index in pending if index not in done]
-        return torch.stack(logits)
+        hidden = states[0] if len(states) == 1 else torch.cat(states)
+        if order == sorted(order):
+            return hidden
+        return hidden[torch.tensor(np.argsort(order), device=self._device)]
 
-    def _next_part(self, rows: Rows, pending: Sequence[int]) -> list[tuple[int, int, int]]:
+    def _next_part(
+        self, rows: Rows, pending: Sequence[int], may_drop: bool = True
+    ) -> list[tuple[int, int, int]]:
         """Choose what to run in one forward: (index, first token, end) of as many rows as fit."""
         table = self.table
         part: list[tuple[int, int, int]] = []
@@ -324,14 +356,13 @@ class NetworkModel:
                 table.held.add(slot)
                 start = int(table.computed[slot])
                 stop = min(length, start + budget)
-                if not table.reserve(slot, tokens, stop, num_stable):
+                if not table.reserve(slot, tokens, stop, num_stable, may_drop):
                     table.held.discard(slot)
                     break
                 part.append((index, start, stop))
                 budget -= stop - start
         finally:
             table.held.clear()
-        assert part, "the pool holds less than one context"
         return part
 
     def _run_part(
@@ -342,97 +373,63 @@ class NetworkModel:
         stops = np.array([stop for _, _, stop in part], dtype=np.int32)
         row_starts = np.zeros(len(part) + 1, dtype=np.int32)
         np.cumsum([stop - start for _, start, stop in part], out=row_starts[1:])
-        ids = np.zeros(row_starts[-1], dtype=np.int32)
-        for (i, start, stop), row_start in zip(part, row_starts, strict=False):
-            # The newest token may not have reached the host yet: it is put in on the device.
-            known = rows.histories[i](start, stop)
-            ids[row_start : row_start + len(known)] = known
         positions = np.concatenate(
             [np.arange(start, stop, dtype=np.int32) for _, start, stop in part]
         )
-        token_ids = torch.from_numpy(ids).to(self._device, non_blocking=True)
+        token_ids = self._tokens_of(rows, part, slots, row_starts, positions)
         last = torch.from_numpy(row_starts[1:] - 1).to(self._device, torch.int64)[list(finished)]
         newest = [part[i][0] for i in finished]
         token_ids[last] = rows.last_tokens[newest].to(token_ids.dtype)
-        token_ids.clamp_(0, self.vocab_size - 1)
-        hidden = self._forward(token_ids, positions, torch.from_numpy(row_starts), slots, stops)
-        self.table.computed[slots] = stops
+        hidden = self._run(token_ids, positions, row_starts, slots, stops)
         return hidden[last]
+
+    def _tokens_of(
+        self,
+        rows: Rows,
+        part: Sequence[tuple[int, int, int]],
+        slots: np.ndarray,
+        row_starts: np.ndarray,
+        positions: np.ndarray,
+    ) -> torch.Tensor:
+        """Return the tokens of one part, int32 `[num_tokens]` on the device; of those that have
+        not reached the host yet, which a row's newest may not have, any."""
+        if rows.on_device is not None:
+            places = np.stack((np.repeat(slots, np.diff(row_starts)), positions))
+            at, position = torch.from_numpy(places).to(self._device, non_blocking=True)
+            return rows.on_device[at, position]
+        ids = np.zeros(len(positions), dtype=np.int32)
+        for (i, start, stop), row_start in zip(part, row_starts, strict=False):
+            known = rows.histories[i](start, stop)
+            ids[row_start : row_start + len(known)] = known
+        return torch.from_numpy(ids).to(self._device, non_blocking=True)
 
     def _run_span(self, slot: int, tokens: TokensOf, start: int, stop: int) -> torch.Tensor:
         """Run one row's next tokens and return all of their last hidden states."""
         ids = torch.tensor(tokens(start, stop), dtype=torch.int32).to(self._device)
         assert len(ids) == stop - start, "tokens are missing on the host"
-        hidden = self._forward(
-            ids.clamp_(0, self.vocab_size - 1),
+        return self._run(
+            ids,
             np.arange(start, stop, dtype=np.int32),
-            torch.tensor([0, stop - start], dtype=torch.int32),
+            np.array([0, stop - start], dtype=np.int32),
             np.array([slot]),
             np.array([stop], dtype=np.int32),
         )
-        self.table.computed[slot] = stop
-        return hidden
 
-    def _forward(
+    def _run(
         self,
         token_ids: torch.Tensor,
         positions: np.ndarray,
-        row_starts: torch.Tensor,
+        row_starts: np.ndarray,
         slots: np.ndarray,
-        lengths: np.ndarray,
+        stops: np.ndarray,
     ) -> torch.Tensor:
-        """Run the model over a ragged batch, reading and writing its KV blocks.
-
-        Args:
-            token_ids: `[num_tokens]` on the device.
-            positions: `[num_tokens]`, each token's place in its row.
-            row_starts: int32 `[num_rows + 1]`, where each row's tokens begin; on the host.
-            slots: `[num_rows]`.
-            lengths: `[num_rows]`, tokens of each row in the cache after this forward.
-
-        Returns:
-            `[num_tokens, hidden_size]`
-        """
-        num_rows, num_tokens = len(slots), len(positions)
-        longest = int(lengths.max())
-        block_ids = self.table.block_ids[slots, : -(-longest // BLOCK_SIZE)]
-        row_lengths = np.diff(row_starts.numpy())
-        token_rows = (
-            np.arange(num_rows)
-            if num_tokens == num_rows
-            else np.repeat(range(num_rows), row_lengths)
-        )
-        token_slots = block_ids[token_rows, positions // BLOCK_SIZE].astype(np.int64)
-        token_slots = token_slots * BLOCK_SIZE + positions % BLOCK_SIZE
-        seq_lens = torch.from_numpy(lengths.astype(np.int32))
-        slot_mapping = self._to_device(token_slots)
-        metadata = self._metadata_builder.build(
-            0,
-            CommonAttentionMetadata(
-                query_start_loc=row_starts.to(self._device, non_blocking=True),
-                query_start_loc_cpu=row_starts,
-                seq_lens=seq_lens.to(self._device, non_blocking=True),
-                seq_lens_cpu_upper_bound=seq_lens,
-                num_reqs=num_rows,
-                num_actual_tokens=num_tokens,
-                max_query_len=int(row_lengths.max()),
-                max_seq_len=longest,
-                block_table_tensor=self._to_device(block_ids),
-                slot_mapping=slot_mapping,
-            ),
-        )
-        with set_forward_context(
-            dict.fromkeys(self._layer_names, metadata),
-            self.config,
-            num_tokens=num_tokens,
-            slot_mapping=dict.fromkeys(self._layer_names, slot_mapping),
-            skip_compiled=self._eager,
-        ):
-            self.num_tokens += num_tokens
-            hidden: torch.Tensor = self._model(
-                input_ids=token_ids, positions=self._to_device(positions.astype(np.int64))
-            )
+        """Run tokens of any rows, see `Forward.extend`, and take note that they are computed."""
+        token_ids = token_ids.clamp_(0, self.vocab_size - 1)
+        hidden = self._forward.extend(token_ids, positions, row_starts, slots, stops)
+        self.table.computed[slots] = stops
+        self.num_tokens += len(positions)
         return hidden
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+def _alike(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return bool((first - second).norm() <= 0.05 * second.norm())

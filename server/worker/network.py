@@ -165,6 +165,15 @@ class ValueNetwork:
         for model in self.models.values():
             model.rewind(slot, length)
 
+    def read(self, rows: Rows) -> None:
+        """Bring rows' histories into the KV cache, for steps to come.
+
+        A reference reads with the rows that want distances, when they do.
+        """
+        for role, model in self.models.items():
+            if role != "reference":
+                model.read(rows)
+
     def score(self, rows: Rows, distances_of: np.ndarray | None = None) -> Scores:
         """Say what the network thinks of each row's next token.
 

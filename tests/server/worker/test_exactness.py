@@ -258,7 +258,7 @@ def mode_of(worker: Any, name: str) -> str:
     modes: set[str] = set()
     for model in network.models.values():
         modes.add(model.config.compilation_config.mode.name)
-        assert not model._eager or modes == {"NONE"}
+        assert not model._forward.eager or modes == {"NONE"}
     (mode,) = modes
     return mode
 

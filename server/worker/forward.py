@@ -1,0 +1,221 @@
+"""One forward of a network's model: rows laid out for vLLM's attention, and run."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from server.worker.blocks import BlockTable
+from server.worker.graphs import DecodeGraphs, DecodeInputs, GraphMemory, graph_sizes
+from server.worker.loading import Pieces
+
+
+class _DecodeRows(NamedTuple):
+    """What stays as it is from step to step, until rows or their blocks change."""
+
+    slots: np.ndarray  # int64 [num_rows]
+    revision: int  # of the block table
+    row_starts: torch.Tensor  # int32 [num_rows + 1] on the device
+    block_ids: torch.Tensor  # int32 [num_rows, max_blocks] on the device
+
+
+class Forward:
+    """Runs a model over rows whose keys and values are in a block table.
+
+    Attributes:
+        eager: run the model uncompiled, and without CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layers: dict[str, AttentionLayerBase],
+        kv_layer: FullAttentionSpec,
+        config: VllmConfig,
+        table: BlockTable,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            model: its layers are bound to the KV cache that `table` is about.
+            layers: of attention, by name.
+            kv_layer: the shape of each layer's KV cache.
+            config: what vLLM runs the model with.
+            table: says where rows have their keys and values.
+            device: where the model is.
+        """
+        self.eager = False
+        self._model = model
+        self._layer_names = list(layers)
+        self._config = config
+        self._table = table
+        self._device = device
+        backend = next(iter(layers.values())).get_attn_backend()
+        with set_current_vllm_config(config, check_compile=False):
+            self._metadata_builder = backend.get_builder_cls()(
+                kv_layer, self._layer_names, config, device
+            )
+        self._row_starts = torch.arange(table.max_rows + 1, dtype=torch.int32)
+        self._decode_rows: _DecodeRows | None = None
+        self._graphs: DecodeGraphs | None = None
+
+    def decode(
+        self, tokens: torch.Tensor, positions: np.ndarray, slots: np.ndarray
+    ) -> torch.Tensor:
+        """Run one token of each row. The hot path: no Python per row.
+
+        Args:
+            tokens: int `[num_rows]` on the device.
+            positions: int32 `[num_rows]`, each token's place in its row.
+            slots: int64 `[num_rows]`; the same array again means the same rows.
+
+        Returns:
+            Hidden states `[num_rows, hidden_size]`, valid until the next forward.
+        """
+        rows, lengths = self._rows_of(slots), positions + 1
+        inputs = DecodeInputs(
+            tokens,
+            self._to_device(positions.astype(np.int64)),
+            self._to_device(self._table.places(slots, positions)),
+            self._to_device(lengths),
+            rows.row_starts,
+            rows.block_ids,
+        )
+        graphs = None if self.eager else self._graphs
+        size = None if graphs is None else graphs.size_for(len(slots))
+        if graphs is None or size is None:
+            return self._run_decode(inputs, lengths)
+        # Some backends plan the kernels' work here, into tensors that the graph reads.
+        self._describe_decode(graphs.fill(size, inputs), None)
+        return graphs.replay(size)[: len(slots)]
+
+    def extend(
+        self,
+        tokens: torch.Tensor,
+        positions: np.ndarray,
+        row_starts: np.ndarray,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+    ) -> torch.Tensor:
+        """Run any number of tokens of each row.
+
+        Args:
+            tokens: int `[num_tokens]` on the device.
+            positions: int32 `[num_tokens]`, each token's place in its row.
+            row_starts: int32 `[num_rows + 1]`, where each row's tokens begin.
+            slots: int64 `[num_rows]`.
+            lengths: int32 `[num_rows]`, tokens of each row in the cache after this forward.
+
+        Returns:
+            Hidden states `[num_tokens, hidden_size]`.
+        """
+        queries, longest = np.diff(row_starts), int(lengths.max())
+        places = self._table.places(np.repeat(slots, queries), positions)
+        slot_mapping = self._to_device(places)
+        metadata = self._metadata_builder.build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=self._to_device(row_starts),
+                query_start_loc_cpu=torch.from_numpy(row_starts),
+                seq_lens=self._to_device(lengths),
+                seq_lens_cpu_upper_bound=torch.from_numpy(lengths),
+                num_reqs=len(slots),
+                num_actual_tokens=len(positions),
+                max_query_len=int(queries.max()),
+                max_seq_len=longest,
+                block_table_tensor=self._to_device(self._table.first_blocks(slots, longest)),
+                slot_mapping=slot_mapping,
+            ),
+        )
+        return self._run(
+            tokens, self._to_device(positions.astype(np.int64)), metadata, slot_mapping
+        )
+
+    def capture(self, memory: GraphMemory) -> Pieces:
+        """Capture CUDA graphs of `decode`, one a piece, where vLLM captures the target's.
+
+        Args:
+            memory: shared by all models of the worker.
+        """
+        sizes = graph_sizes(self._config, self._table.max_rows)
+        if not sizes:
+            return
+        graphs = DecodeGraphs(sizes, self._table.block_ids.shape[1], memory, self._device)
+        for size in reversed(sizes):  # the largest first: the others fit into its memory
+            graphs.capture(size, lambda inputs: self._run_decode(inputs, None))
+            yield
+        self._graphs = graphs
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether there are graphs of decoding steps."""
+        return self._graphs is not None
+
+    def forget_graphs(self) -> None:
+        """Free the graphs that were captured."""
+        self._graphs = None
+
+    def _rows_of(self, slots: np.ndarray) -> _DecodeRows:
+        rows, revision = self._decode_rows, self._table.revision
+        if rows is None or rows.slots is not slots or rows.revision != revision:
+            row_starts = self._row_starts[: len(slots) + 1]
+            blocks = self._to_device(self._table.block_ids[slots])
+            rows = _DecodeRows(slots, revision, row_starts.to(self._device), blocks)
+            self._decode_rows = rows
+        return rows
+
+    def _describe_decode(self, inputs: DecodeInputs, lengths: np.ndarray | None) -> Any:
+        """Return vLLM's metadata of a decoding step.
+
+        Args:
+            lengths: of `inputs` on the host; None: for a graph, which holds for all lengths.
+        """
+        num_rows, most = len(inputs.tokens), self._table.max_tokens
+        return self._metadata_builder.build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=inputs.row_starts,
+                query_start_loc_cpu=self._row_starts[: num_rows + 1],
+                seq_lens=inputs.lengths,
+                seq_lens_cpu_upper_bound=None if lengths is None else torch.from_numpy(lengths),
+                num_reqs=num_rows,
+                num_actual_tokens=num_rows,
+                max_query_len=1,
+                max_seq_len=most if lengths is None else int(lengths.max()),
+                block_table_tensor=inputs.block_ids,
+                slot_mapping=inputs.slot_mapping,
+            ),
+        )
+
+    def _run_decode(self, inputs: DecodeInputs, lengths: np.ndarray | None) -> torch.Tensor:
+        metadata = self._describe_decode(inputs, lengths)
+        return self._run(inputs.tokens, inputs.positions, metadata, inputs.slot_mapping)
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: Any,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run the model: `[num_tokens]` each, all on the device."""
+        with set_forward_context(
+            dict.fromkeys(self._layer_names, metadata),
+            self._config,
+            num_tokens=len(tokens),
+            slot_mapping=dict.fromkeys(self._layer_names, slot_mapping),
+            skip_compiled=self.eager,
+        ):
+            hidden: torch.Tensor = self._model(input_ids=tokens, positions=positions)
+        return hidden
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return torch.from_numpy(array)
+        return async_tensor_h2d(array, self._device)  # through pinned memory: nothing waits

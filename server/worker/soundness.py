@@ -1,0 +1,116 @@
+"""Whether what networks answer is finite: a NaN in the logits would become token 0 in silence."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from server.worker.network import Scores, ValueNetwork
+
+FORCED = 1e30
+"""A logit that decides, whatever comes after: more than vLLM's thinking budget gives its end."""
+
+NOT_FINITE = "its logits are not finite"
+
+
+class Soundness(Protocol):
+    """Looks at each answer of a network before it is used."""
+
+    def admits(self, network: ValueNetwork, scores: Scores, rows: torch.Tensor) -> bool:
+        """Whether the scores may be used.
+
+        Args:
+            rows: int64 `[num_rows]` on the device, whose they are in the batch.
+        """
+
+    def settle(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
+        """End the rows whose scores should not have been used, before they are sampled.
+
+        Args:
+            logits: float32 `[num_rows, vocab_size]` of the step, changed in place.
+            rows, failure_ids: int64 `[num_guided]` on the device, all guided rows and the tokens
+                that end them.
+        """
+
+    def collect(self) -> None:
+        """Have networks failed whose answers turned out not to be finite."""
+
+
+class Immediate:
+    """Knows at once: for devices that nobody has to wait for."""
+
+    def __init__(self, fail: Callable[[str, ValueNetwork], None]) -> None:
+        self._fail = fail
+
+    def admits(self, network: ValueNetwork, scores: Scores, rows: torch.Tensor) -> bool:
+        # A sum is finite only if every logit is: one pass, one number.
+        total = scores.value.sum(dtype=torch.float32)
+        if scores.distances is not None:
+            total = total + scores.distances.sum()
+        if total.isfinite():
+            return True
+        self._fail(NOT_FINITE, network)
+        return False
+
+    def settle(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
+        pass
+
+    def collect(self) -> None:
+        pass
+
+
+class _Verdict(NamedTuple):
+    """What one network's answers were like; on its way to the host."""
+
+    network: ValueNetwork
+    is_finite: torch.Tensor  # bool [], on the host once `arrived`
+    arrived: torch.cuda.Event | None
+
+
+class Deferred:
+    """Lets the device go on: rows are ended there, and the host learns of it in a later step."""
+
+    def __init__(self, fail: Callable[[str, ValueNetwork], None]) -> None:
+        self._fail = fail
+        self._verdicts: deque[_Verdict] = deque()
+        self._finite: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this step
+
+    def admits(self, network: ValueNetwork, scores: Scores, rows: torch.Tensor) -> bool:
+        finite = scores.value.sum(-1, dtype=torch.float32).isfinite()
+        if scores.distances is not None:  # of some rows; which ones decides nothing here
+            finite = finite & scores.distances.sum().isfinite()
+        self._finite.append((rows, finite))
+        on_host, arrived = finite.all(), None
+        if on_host.is_cuda:
+            on_host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(on_host, True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._verdicts.append(_Verdict(network, on_host, arrived))
+        return True
+
+    def settle(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
+        if not self._finite:
+            return
+        broken = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        for scored, finite in self._finite:
+            broken[scored] |= ~finite
+        self._finite.clear()
+        logits.masked_fill_(broken[:, None], float("-inf"))
+        forced = torch.where(broken[rows], FORCED, logits[rows, failure_ids])
+        logits.index_put_((rows, failure_ids), forced)
+
+    def collect(self) -> None:
+        while self._verdicts and _has_arrived(self._verdicts[0]):
+            network, is_finite, _ = self._verdicts.popleft()
+            if network.failure is None and not is_finite:
+                self._fail(NOT_FINITE, network)
+
+
+def _has_arrived(verdict: _Verdict) -> bool:
+    return verdict.arrived is None or bool(verdict.arrived.query())
+
+
+def soundness(device: torch.device, fail: Callable[[str, ValueNetwork], None]) -> Soundness:
+    """Return what suits the device. `fail(reason, network)` marks a network as failed."""
+    return Immediate(fail) if device.type == "cpu" else Deferred(fail)
