@@ -65,7 +65,7 @@ class Memory:
         """
         Args:
             total: bytes for all networks.
-            itemsize: bytes of a number in the target's dtype.
+            itemsize: bytes of a number in the networks' dtype, see `server.worker.precision`.
             ranks: workers that share a network, by tensor parallelism.
             longest: tokens that the target can have in context; None: not known.
         """

@@ -23,6 +23,7 @@ from server.worker.configuration import TOKENS_PER_TARGET_TOKEN
 from server.worker.loading import Pieces, finish
 from server.worker.network import ValueNetwork
 from server.worker.pools import Need, Pools
+from server.worker.precision import network_dtype
 from server.worker.translation import Readers
 from value_models.manifest import MANIFEST_FILE, Manifest
 from value_models.store import ModelFolder, NetworkFolder, check_network, model_path
@@ -398,7 +399,7 @@ class Residency:
     def _needed(self, load: Reply) -> int:
         """Estimate what a network will take that nobody has read yet."""
         ranks = self._config.parallel_config.tensor_parallel_size
-        itemsize = self._config.model_config.dtype.itemsize
+        itemsize = network_dtype(self._config.model_config.dtype, self._device.type).itemsize
         limit = self._config.model_config.max_model_len
         longest = min(
             load["max_context"], limit * (TOKENS_PER_TARGET_TOKEN if load["mapped"] else 1)

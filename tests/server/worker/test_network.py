@@ -177,6 +177,35 @@ def test_a_reference_never_reads_rows_that_want_no_distance(worker: Residency) -
     assert not opened(network, "reference") and 1 not in opened(network, "value")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_history_read_in_chunks_is_not_computed_again(worker: Residency, name: str) -> None:
+    """As rows in chunked prefill are: their samples are discarded, so they want no logits."""
+    network = named(worker, name)
+    tokens = history(35, 100)
+    models = [model for role, model in network.models.items() if role != "reference"]
+    for length in (40, 80):
+        network.read(rows_of({2: tokens[:length]}))
+    if worker._settings.prefix_caching:
+        assert [model.table.computed[2] for model in models] == [80] * len(models)
+    before = network.num_tokens
+    assert_close(network.score(rows_of({2: tokens})).value[0], value_of(network, tokens)[-1])
+    if worker._settings.prefix_caching:
+        assert network.num_tokens - before == 20 * len(models)
+
+
+def test_reading_takes_no_blocks_that_others_need(worker: Residency) -> None:
+    network = named(worker, "plain")
+    model = network.models["value"]
+    row = history(36, 180)
+    network.score(rows_of({0: row}))
+    drops = model.table.drops
+    network.read(rows_of({1: history(37, 40), 2: history(38, 40)}))
+    assert model.table.drops == drops and model.table.computed[0] == 180
+    for slot, seed in ((1, 37), (2, 38)):
+        tokens = history(seed, 40)
+        assert_close(network.score(rows_of({slot: tokens})).value[0], value_of(network, tokens)[-1])
+
+
 def test_models_of_one_shape_share_a_pool(worker: Residency) -> None:
     plain, contrast, unlike = (named(worker, n) for n in ("plain", "contrast", "unlike"))
     assert contrast.pools == plain.pools

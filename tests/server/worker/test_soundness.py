@@ -1,0 +1,102 @@
+"""Answers that are not finite end their own rows, and their network, with and without waiting."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from server.worker.network import Scores
+from server.worker.soundness import NOT_FINITE, Deferred, Immediate, soundness
+
+ROWS, VOCAB = 4, 6
+INF = float("inf")
+
+
+class Network:
+    failure: str | None = None
+
+
+def failing(failed: list[Any]) -> Any:
+    def fail(reason: str, network: Network) -> None:
+        network.failure = reason
+        failed.append(network)
+
+    return fail
+
+
+def scores(*broken: int, distances: list[float] | None = None) -> Scores:
+    value = torch.randn(3, VOCAB)
+    for row in broken:
+        value[row, 2] = float("nan")
+    return Scores(value, None if distances is None else torch.tensor(distances))
+
+
+def test_what_a_device_gets() -> None:
+    assert isinstance(soundness(torch.device("cpu"), failing([])), Immediate)
+    assert isinstance(soundness(torch.device("cuda"), failing([])), Deferred)
+
+
+@pytest.mark.parametrize("value", [float("nan"), INF, -INF])
+def test_one_logit_is_enough(value: float) -> None:
+    failed: list[Any] = []
+    answer = scores()
+    answer.value[1, 4] = value
+    assert not Immediate(failing(failed)).admits(Network(), answer, torch.arange(3))
+    assert [network.failure for network in failed] == [NOT_FINITE]
+
+
+def test_distances_count_too() -> None:
+    failed: list[Any] = []
+    sound = Immediate(failing(failed))
+    assert sound.admits(Network(), scores(distances=[0.5]), torch.arange(3))
+    assert not sound.admits(Network(), scores(distances=[0.5, INF]), torch.arange(3))
+
+
+def test_deferred_rows_are_ended_on_the_device_and_the_host_learns_later() -> None:
+    failed: list[Any] = []
+    sound = Deferred(failing(failed))
+    whole, broken = Network(), Network()
+    index = torch.tensor([0, 2, 3])
+    assert sound.admits(whole, scores(), index)
+    assert sound.admits(broken, scores(1), index)  # the second of its rows: 2
+    logits = torch.randn(ROWS, VOCAB)
+    logits[2, 1] = float("nan")
+    expected = logits.clone()
+    failure_ids = torch.tensor([5, 5, 4])
+    sound.settle(logits, index, failure_ids)
+    assert not failed
+    assert torch.equal(logits[[0, 1, 3]], expected[[0, 1, 3]])
+    assert logits[2].argmax() == 5 and (logits[2] == -INF).sum() == VOCAB - 1
+    sound.collect()
+    assert failed == [broken] and broken.failure == NOT_FINITE and whole.failure is None
+
+
+def test_deferred_steps_do_not_see_each_other() -> None:
+    sound = Deferred(failing([]))
+    index = torch.tensor([1, 2, 3])
+    sound.admits(Network(), scores(0), index)
+    sound.settle(torch.zeros(ROWS, VOCAB), index, torch.tensor([5, 5, 5]))
+    sound.admits(Network(), scores(), index)
+    logits = torch.randn(ROWS, VOCAB)
+    expected = logits.clone()
+    sound.settle(logits, index, torch.tensor([5, 5, 5]))
+    assert torch.equal(logits, expected)
+
+
+def test_a_verdict_waits_until_it_has_arrived() -> None:
+    class Event:
+        here = False
+
+        def query(self) -> bool:
+            return self.here
+
+    failed: list[Any] = []
+    sound = Deferred(failing(failed))
+    sound.admits(Network(), scores(2), torch.arange(3))
+    event: Any = Event()
+    sound._verdicts[0] = sound._verdicts[0]._replace(arrived=event)
+    sound.collect()
+    assert not failed
+    event.here = True
+    sound.collect()
+    assert len(failed) == 1
