@@ -110,16 +110,16 @@ def start(worker: Any) -> None:
 
     from server.worker import guidance as step
 
-    processor = worker._value_guidance()
+    steering = worker._processor().steering
     wait = torch.cuda.synchronize if torch.cuda.is_available() else None
     parts: list[tuple[Any, str, str]] = [
-        (processor.guidance, "step", BOOKKEEPING),
-        (processor.guidance._soundness, "admits", SOUNDNESS),
+        (steering.guidance, "step", BOOKKEEPING),
+        (steering.guidance._soundness, "admits", SOUNDNESS),
         (step, "add_value_logits", COMBINATION),
         (worker.model_runner, "_model_forward", TARGET),
         (worker.model_runner.model, "compute_logits", TARGET),
     ]
-    for network in processor.residency.networks():
+    for network in steering.residency.networks():
         for model in network.models.values():
             parts += [
                 (model._forward, "decode", LAYOUT),
