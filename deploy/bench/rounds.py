@@ -1,0 +1,119 @@
+"""Measuring by turns: every configuration once in each round, and figures taken within rounds.
+
+A machine is slow at times. What is compared is therefore measured within seconds of each other, a
+ratio is one of the same round, and its median over the rounds is reported.
+"""
+
+import collections
+import math
+import random
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from deploy.bench.engine import Request, Run
+from deploy.bench.report import say
+
+CaseT = TypeVar("CaseT", bound=Hashable)
+T = TypeVar("T")
+
+Round = dict[str, T]
+"""configuration -> what was measured; those that were left out are not in it"""
+Rounds = dict[CaseT, list[Round[T]]]
+"""case, such as a batch size -> its rounds"""
+
+
+def take_turns(
+    cases: Sequence[CaseT],
+    configurations: Iterable[str],
+    rounds: int,
+    measure: Callable[[str, CaseT, int], T | None],
+) -> Rounds[CaseT, T]:
+    """Measure every configuration for every case, once in each round.
+
+    Args:
+        measure: takes a configuration, a case and the number of the round, which is 0 for one that
+            warms up and is not kept. Returns None to leave it out.
+    """
+    found: Rounds[CaseT, T] = {case: [] for case in cases}
+    names = list(configurations)
+    for number in range(rounds + 1):
+        order = turn_order(names, number)
+        for case in cases:
+            measured = {name: measure(name, case, number) for name in order}
+            if number:
+                found[case].append({k: v for k, v in measured.items() if v is not None})
+        say(f"round {number} of {rounds}" if number else "warmed up")
+    return found
+
+
+def turn_order(names: Sequence[str], number: int) -> list[str]:
+    """Return the order of a round: each is first at times, and none always follows another."""
+    first = number % len(names)
+    order = [*names[first:], *names[:first]]
+    return order[::-1] if number // len(names) % 2 else order
+
+
+def median(rounds: Sequence[Round[T]], name: str, value: Callable[[T], float]) -> float | None:
+    """Return a configuration's median over the rounds; None if it was always left out."""
+    values = [value(measured[name]) for measured in rounds if name in measured]
+    return statistics.median(values) if values else None
+
+
+def ratio(
+    rounds: Sequence[Round[T]], over: str, under: str, value: Callable[[T], float]
+) -> float | None:
+    """Return the median of the rounds' ratios; None if no round has both."""
+    ratios = [
+        value(measured[over]) / value(measured[under])
+        for measured in rounds
+        if over in measured and under in measured
+    ]
+    return statistics.median(ratios) if ratios else None
+
+
+def pooled(
+    rounds: Sequence[Round[T]], name: str, values: Callable[[T], Sequence[float]]
+) -> list[float]:
+    """Return all values of a configuration, of all rounds together."""
+    return [v for measured in rounds if name in measured for v in values(measured[name])]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the least value that this share of them does not exceed: one that was seen."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def runs_of(rounds: Rounds[CaseT, T], **values: Callable[[T], Any]) -> list[dict[str, Any]]:
+    """Return what was measured round by round, for whoever wants to look closer."""
+    records: dict[tuple[CaseT, str], dict[str, list[Any]]] = collections.defaultdict(
+        lambda: {name: [] for name in values}
+    )
+    for case, measured in ((c, m) for c, found in rounds.items() for m in found):
+        for configuration, result in sorted(measured.items()):
+            for name, value in values.items():
+                found = value(result)
+                kept = round(found, 6) if isinstance(found, float) else found
+                records[case, configuration][name].append(kept)
+    return [
+        {"case": case, "configuration": configuration, **record}
+        for (case, configuration), record in records.items()
+    ]
+
+
+def seconds(run: Run) -> float:
+    return run.seconds
+
+
+def make_prompts(batch_size: int, length: int, seed: object) -> list[list[int]]:
+    """Return random prompts, the same for the same `seed`."""
+    draw = random.Random(f"{seed} {batch_size} {length}")
+    return [[draw.randrange(8, 256) for _ in range(length)] for _ in range(batch_size)]
+
+
+def make_requests(
+    batch_size: int, num_tokens: int, seed: object, *networks: str, length: int = 32
+) -> list[Request]:
+    """Return requests of `make_prompts`, guided by `networks` or by nothing."""
+    prompts = make_prompts(batch_size, length, seed)
+    return [Request(prompt, num_tokens, networks) for prompt in prompts]
