@@ -5,14 +5,22 @@ ratio is one of the same round, and its median over the rounds is reported.
 """
 
 import collections
+import contextlib
 import math
 import random
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from deploy.bench.engine import Request, Run
-from deploy.bench.report import say
+from deploy.bench.checkpoints import Checkpoints
+from deploy.bench.engine import Engine, Request, Run
+from deploy.bench.report import Cell, rounded, say
+
+PLAIN = "vLLM plain"
+UNGUIDED = "trimtab unguided, networks resident"
+GUIDED = "trimtab guided"
 
 CaseT = TypeVar("CaseT", bound=Hashable)
 T = TypeVar("T")
@@ -84,6 +92,42 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
+def by_case(
+    rounds: Rounds[CaseT, T],
+    names: Iterable[str],
+    figure: Callable[[Sequence[Round[T]], str], Cell],
+    column: str = "batch {}",
+) -> list[dict[str, Cell]]:
+    """Return a table's rows: a configuration each, with a column for each case."""
+    return [
+        {"": name}
+        | {
+            column.format(case): rounded(cell) if isinstance(cell, float) else cell
+            for case, found in rounds.items()
+            for cell in (figure(found, name),)
+        }
+        for name in names
+    ]
+
+
+def curves(
+    rounds: Rounds[Any, T],
+    names: Iterable[str],
+    figure: Callable[[Sequence[Round[T]], str], float | None],
+) -> dict[str, list[tuple[float, float]]]:
+    """Return a plot's curves: a configuration each, over the cases, which are numbers."""
+    points = {
+        name: [
+            (case, value)
+            for case, found in sorted(rounds.items())
+            for value in (figure(found, name),)
+            if value is not None
+        ]
+        for name in names
+    }
+    return {name: drawn for name, drawn in points.items() if drawn}
+
+
 def runs_of(rounds: Rounds[CaseT, T], **values: Callable[[T], Any]) -> list[dict[str, Any]]:
     """Return what was measured round by round, for whoever wants to look closer."""
     records: dict[tuple[CaseT, str], dict[str, list[Any]]] = collections.defaultdict(
@@ -103,6 +147,50 @@ def runs_of(rounds: Rounds[CaseT, T], **values: Callable[[T], Any]) -> list[dict
 
 def seconds(run: Run) -> float:
     return run.seconds
+
+
+def tokens_per_second(run: Run) -> float:
+    return run.tokens_per_second
+
+
+def step_seconds(run: Run) -> float:
+    return run.step_seconds
+
+
+def gap_figures(rounds: Sequence[Round[Run]], name: str) -> str | None:
+    """Return the milliseconds between two tokens of a stream: their median and 99th percentile."""
+    gaps = pooled(rounds, name, lambda run: run.gaps)
+    if not gaps:
+        return None
+    return " / ".join(f"{1e3 * percentile(gaps, share):.1f}" for share in (0.5, 0.99))
+
+
+@contextlib.contextmanager
+def plain_and_trimtab(
+    checkpoints: Checkpoints, folder: Path, **options: Any
+) -> Iterator[tuple[Engine, Engine]]:
+    """Start vLLM at its defaults, and vLLM with trimtab and all networks."""
+    target, networks = checkpoints.target, checkpoints.networks
+    options = checkpoints.engine_options | options
+    say("starting vLLM plain (it compiles the target at first)")
+    with Engine(target, {}, folder / "plain.log", **options) as plain:
+        say(f"starting vLLM with trimtab, networks: {len(networks)}")
+        with Engine(target, networks, folder / "trimtab.log", **options) as trimtab:
+            yield plain, trimtab
+
+
+def same_tokens(rounds: Rounds[CaseT, Run], one: str, other: str) -> bool:
+    """Whether two configurations always generated the same."""
+    measured = [m for found in rounds.values() for m in found if one in m and other in m]
+    return all(m[one].tokens == m[other].tokens for m in measured)
+
+
+def require_guided(rounds: Rounds[CaseT, Run], guided: Iterable[str], unguided: str) -> None:
+    """End the program if a guided configuration ever generated just what an unguided one did."""
+    for name in guided:
+        for measured in (m for found in rounds.values() for m in found if name in m):
+            if measured[name].tokens == measured[unguided].tokens:
+                sys.exit(f"Not guided, though it should have been: {name}")
 
 
 def make_prompts(batch_size: int, length: int, seed: object) -> list[list[int]]:
