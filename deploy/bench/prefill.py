@@ -8,7 +8,7 @@ its defaults.
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,7 +121,7 @@ def make_tables(rounds: Rounds[int, FirstTokens], limit: float) -> list[Table]:
     ]
 
 
-def milliseconds(state: str) -> "Figure":
+def milliseconds(state: str) -> Callable[[Sequence[Round[FirstTokens]], str], float | None]:
     return lambda found, name: median(found, name, lambda taken: 1e3 * getattr(taken, state))
 
 

@@ -60,7 +60,9 @@ class Answer:
     failed: str | None = None
 
 
-def compose(question: str, command: str, settings: dict[str, Any], answer: Answer) -> dict[str, Any]:
+def compose(
+    question: str, command: str, settings: dict[str, Any], answer: Answer
+) -> dict[str, Any]:
     """Return the result file's content."""
     return {
         "question": question,
