@@ -118,7 +118,11 @@ class Engine:
         self._process.start()
         theirs.close()
         self._log = log
-        self.description: dict[str, Any] = self._receive()
+        try:
+            self.description: dict[str, Any] = self._receive()
+        except BaseException:  # the program is told to end, say
+            self._end()
+            raise
         self._signal(signal.SIGSTOP)
 
     def run(self, requests: Sequence[Request]) -> Run:
@@ -156,6 +160,11 @@ class Engine:
         self._signal(signal.SIGCONT)
         self._pipe.close()  # the engine's end: it leaves its loop and shuts vLLM down
         self._process.join(timeout=30)
+        self._end()
+
+    def _end(self) -> None:
+        """Kill whatever is left of it."""
+        self._process.kill()
         with contextlib.suppress(ProcessLookupError):
             self._signal(signal.SIGKILL)
 

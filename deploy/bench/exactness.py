@@ -1,7 +1,7 @@
 """Whether guided logits are those that transformers computes: largest difference in nats.
 
-One batch of prompts of different lengths, unguided rows beside guided ones, runs on the real engine,
-which returns the log probabilities of the likeliest tokens at every step. They are compared with
+One batch of prompts of different lengths, unguided rows beside guided ones, runs on the engine,
+which returns the log probabilities of the likeliest tokens at each step. They are compared with
 target and networks in transformers on the same device, over the same tokens: in the checkpoints'
 dtype, and in float32, which tells how far rounding alone takes logits apart.
 """
