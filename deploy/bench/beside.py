@@ -1,4 +1,4 @@
-"""What unguided requests pay for guided ones in their batch, and for networks that are resident.
+"""What unguided requests pay for guided ones beside them, and for resident networks.
 
 Of a batch, none, a quarter, half and three quarters are guided; what counts is the time between
 two tokens of the unguided rows. vLLM plain is vLLM at its defaults, all of whose rows are unguided.

@@ -98,7 +98,8 @@ def read(file: Path) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print the tables, and under what they hold."""
-    console = Console()
+    # A file or a pipe has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     for fields in found["tables"]:
         table = Table(**fields)
         columns = list(dict.fromkeys(column for row in table.rows for column in row))

@@ -5,7 +5,7 @@ import torch
 
 from deploy.bench.checkpoints import Checkpoints
 from deploy.bench.engine import Request, Stream
-from deploy.bench.exactness import Reference, compare, verdict
+from deploy.bench.exactness import Compared, Reference, compare
 from tests.models import make_model, make_network
 
 PROMPT = [5, 9, 300, 41]
@@ -41,7 +41,7 @@ def test_what_an_engine_returns_is_compared_token_by_token(reference: Reference)
     asked = Request(PROMPT, 3, ("first",))
     right = reference.logprobs(asked, TOKENS, "float32")
     found = compare(reference, [(asked, answered(right))])
-    assert found.to_same.shape == (15,) and float(found.to_same.max()) < 1e-6
+    assert found.engine.shape == (15,) and float(found.engine.max()) < 1e-6
     # These tokens were made up: none is the likeliest.
     sampled = right[range(3), TOKENS]
     assert found.behind == pytest.approx(float((right.amax(-1) - sampled).max()))
@@ -49,13 +49,27 @@ def test_what_an_engine_returns_is_compared_token_by_token(reference: Reference)
     wrong = right.clone()
     wrong[1] += 0.25
     off = compare(reference, [(asked, answered(right)), (asked, answered(wrong))])
-    assert float(off.to_same.max()) == pytest.approx(0.25, abs=1e-5)
+    assert float(off.engine.max()) == pytest.approx(0.25, abs=1e-5)
 
 
-def test_a_difference_beyond_the_tolerance_fails(reference: Reference) -> None:
-    asked = Request(PROMPT, 3, ("first",))
-    found = compare(reference, [(asked, answered(reference.logprobs(asked, TOKENS, "float32")))])
-    near = found._replace(behind=0.0)
-    assert verdict({"one network": near}, 1e-3) is None
-    for wrong in (found, near._replace(to_same=torch.tensor([0.01, float("nan")]))):
-        assert "one network" in str(verdict({"one network": wrong}, 1e-3))
+@pytest.mark.parametrize(
+    ("engine", "behind", "exact"),
+    [
+        ([0.10, 0.01, 0.01], 0.0, True),
+        ([0.25, 0.01, 0.01], 0.0, False),  # one token is too far off
+        ([0.15, 0.15, 0.15], 0.0, False),  # all are somewhat
+        ([0.10, 0.01, 0.01], 0.3, False),  # not the likeliest was sampled
+        ([0.10, 0.01, float("nan")], 0.0, False),
+    ],
+)
+def test_an_engine_may_be_twice_as_far_off_as_rounding(
+    engine: list[float], behind: float, exact: bool
+) -> None:
+    found = Compared(torch.tensor(engine), torch.tensor([0.1, 0.02, 0.03]), behind)
+    assert found.is_exact == exact
+
+
+def test_the_tolerance_is_never_nothing() -> None:
+    close = torch.tensor([1e-5, 1e-4])
+    assert Compared(close, torch.zeros(2), 0.0).is_exact
+    assert not Compared(100 * close, torch.zeros(2), 0.0).is_exact
