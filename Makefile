@@ -4,10 +4,11 @@
 #   make check                               format, lint and types
 #   make demo                                remakes the demo models from nothing (under an hour)
 #   make study                               asks how well networks carry over (a night on two cores)
-#   make bench [OUT=bench.json]              tokens per second, guided and not
+#   make bench [QUESTION=prefill] [OUT=...]  measures this machine: tokens per second, or what else is asked
 # BUILD=cpu or BUILD=gpu overrides what is found on this machine.
 HOST ?= 127.0.0.1
 PORT ?= 8000
+QUESTION ?= throughput
 OUT ?=
 BUILD ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
@@ -41,7 +42,7 @@ study: $(READY)
 	@.venv/bin/python -m value_models.study
 
 bench: $(READY)
-	@.venv/bin/python -m deploy.bench $(if $(OUT),--out $(OUT))
+	@.venv/bin/python -m deploy.bench $(QUESTION) $(if $(OUT),--out $(OUT))
 
 $(READY): pyproject.toml deploy/locks/$(BUILD).txt deploy/locks/dev.txt deploy/setup
 	@deploy/setup $(BUILD)

@@ -163,6 +163,7 @@ def make_model(
     logit_std: float = 3.0,
     tokenizer: PreTrainedTokenizerFast | None = None,
     with_tokenizer: bool = True,
+    with_weights: bool = True,
 ) -> Path:
     """Write a random checkpoint (safetensors, config, tokenizer) to `path` and return it.
 
@@ -173,6 +174,7 @@ def make_model(
             tokenizer are padding, whose logits are 0.
         logit_std: standard deviation of a row's logits over the tokenizer's vocabulary.
         with_tokenizer: write the tokenizer too.
+        with_weights: write the weights too; vLLM makes some up with `load_format="dummy"`.
     """
     path = Path(path)
     tokenizer = tokenizer or make_tokenizer()
@@ -193,10 +195,14 @@ def make_model(
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    _randomise(model, len(tokenizer), logit_std, torch.Generator().manual_seed(seed))
-    model.to(getattr(torch, dtype)).save_pretrained(path)
+    if with_weights:
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        _randomise(model, len(tokenizer), logit_std, torch.Generator().manual_seed(seed))
+        model.to(getattr(torch, dtype)).save_pretrained(path)
+    else:
+        config.architectures, config.dtype = [type(model).__name__], dtype
+        config.save_pretrained(path)
     if with_tokenizer:
         tokenizer.save_pretrained(path)
     return path

@@ -1,1 +1,1 @@
-"""Tokens per second of vLLM, trimtab and transformers, in one run on one machine."""
+"""What guidance costs: vLLM, trimtab and transformers side by side, a command for each question."""

@@ -1,12 +1,14 @@
 """Guided decoding with transformers alone: what a service can do without trimtab."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from deploy.bench.engine import Prompts, Run
+from deploy.bench.checkpoints import WEIGHTS
+from deploy.bench.engine import Request, Run, Stream
 
 
 class Baseline:
@@ -14,28 +16,38 @@ class Baseline:
 
     def __init__(self, target: Path, network: Path, dtype: str) -> None:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._models = [
-            AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(self._device)
-            for path in (target, network)
-        ]
+        self._models = [load_model(path, dtype, self._device) for path in (target, network)]
 
     @torch.inference_mode()
-    def generate(self, prompts: Prompts, num_tokens: int, cached: bool) -> Run:
-        """Generate greedily; without `cached`, every step runs over the whole sequence."""
+    def run(self, requests: Sequence[Request], cached: bool) -> Run:
+        """Continue prompts of one length; without `cached`, each step reads the whole sequence."""
         start = time.perf_counter()
-        tokens = torch.tensor(prompts, device=self._device)  # [batch, length], all of one length
-        prompt_length = tokens.shape[1]
+        tokens = torch.tensor([request.prompt for request in requests], device=self._device)
         caches = [DynamicCache(config=model.config) if cached else None for model in self._models]
         inputs = tokens
-        for _ in range(num_tokens):
-            logits = sum(
-                model(
-                    inputs, past_key_values=cache, use_cache=cached, logits_to_keep=1
-                ).logits.float()
+        arrivals: list[float] = []
+        steps: list[list[int]] = []
+        for _ in range(requests[0].num_tokens):
+            logits = [
+                model(inputs, past_key_values=cache, use_cache=cached, logits_to_keep=1)
+                .logits[:, -1]
+                .float()
                 for model, cache in zip(self._models, caches, strict=True)
-            )
-            chosen = logits[:, -1].argmax(-1, keepdim=True)
+            ]
+            covered = min(each.shape[1] for each in logits)  # paddings of vocabularies differ
+            chosen = sum(each[:, :covered] for each in logits).argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, chosen], 1)
             inputs = chosen if cached else tokens
-        generated = tokens[:, prompt_length:].tolist()
-        return Run(time.perf_counter() - start, generated)
+            steps.append(chosen[:, 0].tolist())  # as a service must, which streams tokens
+            arrivals.append(time.perf_counter() - start)
+        return Run([Stream(list(row), 0.0, arrivals) for row in zip(*steps, strict=True)])
+
+
+def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
+    """Load a checkpoint; one without weights gets random ones."""
+    if (path / WEIGHTS).exists():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        return model.to(device).eval()
+    with torch.device(device):
+        config = AutoConfig.from_pretrained(path)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()

@@ -1,10 +1,14 @@
 """The random checkpoints that the benchmark runs: shapes of real use, weights of none."""
 
+import functools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.models import (
     make_contrast,
@@ -15,87 +19,208 @@ from tests.models import (
     make_tokenizer,
 )
 
+WEIGHTS = "model.safetensors"
 VOCAB_SIZE = 8192
+POSITIONS = 512
+DTYPES = ("bfloat16", "float32")
+
+Shape = dict[str, Any]
+"""What `tests.models.make_model` takes."""
+
+TARGET: Shape = {
+    "hidden_size": 768,
+    "intermediate_size": 2304,
+    "layers": 12,
+    "heads": 12,
+    "kv_heads": 12,
+    "head_dim": 64,
+    "vocab_size": VOCAB_SIZE,
+}
+"""105 M parameters."""
+NETWORK: Shape = {
+    "hidden_size": 256,
+    "intermediate_size": 832,
+    "layers": 4,
+    "heads": 4,
+    "kv_heads": 4,
+    "head_dim": 64,
+    "vocab_size": VOCAB_SIZE,
+    "tie_word_embeddings": True,
+}
+"""5.7 M parameters."""
+LARGE_TARGET: Shape = {
+    "architecture": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "layers": 28,
+    "heads": 28,
+    "kv_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 152064,
+    "max_position_embeddings": 4096,
+}
+"""As Qwen2.5-7B, but with fewer positions: vLLM keeps room for one whole context."""
+LARGE_NETWORK: Shape = {
+    "architecture": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "layers": 24,
+    "heads": 14,
+    "kv_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+"""As Qwen2.5-0.5B."""
+WIDTHS = {
+    0.01: (96, 2, 32),
+    0.02: (128, 4, 64),
+    0.055: (256, 4, 64),
+    0.1: (320, 6, 64),
+    0.2: (448, 7, 64),
+    0.3: (512, 8, 64),
+}
+"""Share of the target's parameters -> hidden size, layers and head size of such a network."""
 
 
 class Checkpoints(NamedTuple):
-    """A target and the networks beside it.
-
-    One guides, one ("mapped") does so from another vocabulary, one is just resident.
-    """
+    """A target and the networks beside it."""
 
     target: Path
     networks: dict[str, Path]
-    target_parameters: int
-    network_parameters: int  # of one network
-    vocab_size: int
+    dtype: str
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """What vLLM must be told to load the target."""
+        return {} if (self.target / WEIGHTS).exists() else {"load_format": "dummy"}
+
+    def share(self, network: str) -> float:
+        """The parameters of a network for each of the target."""
+        return num_parameters(self.networks[network]) / num_parameters(self.target)
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "dtype": self.dtype,
+            "target_parameters": num_parameters(self.target),
+            "target_weights": "made up by vLLM" if self.engine_options else "random",
+            "networks": len(self.networks),
+            "network_parameters": sorted(set(map(num_parameters, self.networks.values()))),
+            "vocab_size": AutoConfig.from_pretrained(self.target).vocab_size,
+        }
 
 
-def make_checkpoints(folder: Path, dtype: str) -> Checkpoints:
-    """Write a target of 105 M parameters and three networks of 5.7 M (5.5 %), all Llama-shaped."""
-    target, small = _make_target(folder, dtype), _small(dtype)
-    networks = {
-        name: make_network(folder / name, seed=seed, **small)
-        for seed, name in enumerate(("guiding", "resident"), start=1)
+def make_target(folder: Path, dtype: str, positions: int = POSITIONS) -> Path:
+    """Write the target of 105 M parameters."""
+    return make_model(folder / "target", **TARGET, max_position_embeddings=positions, dtype=dtype)
+
+
+def make_networks(
+    folder: Path, names: Iterable[str], dtype: str, positions: int = POSITIONS
+) -> dict[str, Path]:
+    """Write networks of 5.7 M parameters (5.5 %), of different weights."""
+    return {
+        name: make_network(
+            folder / name, seed=seed, **NETWORK, max_position_embeddings=positions, dtype=dtype
+        )
+        for seed, name in enumerate(names, start=1)
     }
-    networks["mapped"] = make_mapped_network(
+
+
+def make_checkpoints(
+    folder: Path, dtype: str, names: Iterable[str], positions: int = POSITIONS
+) -> Checkpoints:
+    """Write the target of 105 M parameters, and networks of 5.7 M of these names."""
+    target = make_target(folder, dtype, positions)
+    return Checkpoints(target, make_networks(folder, names, dtype, positions), dtype)
+
+
+def make_mapped(folder: Path, dtype: str) -> Path:
+    """Write a network of 5.7 M parameters that reads another vocabulary than the target."""
+    return make_mapped_network(
         folder / "mapped",
         make_tokenizer(),
         tokenizer=make_sentencepiece_tokenizer(),
-        seed=3,
-        **small,
+        seed=1000,
+        **NETWORK,
+        dtype=dtype,
     )
+
+
+def make_pair(folder: Path, dtype: str) -> Path:
+    """Write a contrast network of two models of 5.7 M parameters."""
+    return make_contrast(folder / "pair", seed=2000, **NETWORK, dtype=dtype)
+
+
+def make_large_checkpoints(
+    folder: Path,
+    dtype: str,
+    names: Iterable[str],
+    target: Shape = LARGE_TARGET,
+    network: Shape = LARGE_NETWORK,
+) -> Checkpoints:
+    """Write a target of 7 B parameters, whose weights vLLM makes up, and networks of 0.5 B."""
     return Checkpoints(
-        target, networks, num_parameters(target), num_parameters(networks["guiding"]), VOCAB_SIZE
+        make_model(folder / "target", **target, dtype=dtype, with_weights=False),
+        {
+            name: make_network(folder / name, seed=seed, **network, dtype=dtype)
+            for seed, name in enumerate(names, start=1)
+        },
+        dtype,
     )
 
 
-def make_combining_checkpoints(folder: Path, dtype: str) -> tuple[Path, dict[str, Path]]:
-    """Write the same target, and beside it two residual networks and a pair of that size."""
-    small = _small(dtype)
-    networks = {
-        "first": make_network(folder / "first", seed=1, **small),
-        "second": make_network(folder / "second", seed=2, **small),
-        "pair": make_contrast(folder / "pair", seed=3, **small),
-    }
-    return _make_target(folder, dtype), networks
+def make_sized_networks(
+    folder: Path, shares: Iterable[float], dtype: str, target_parameters: int
+) -> dict[str, Path]:
+    """Write a network of each of these shares of the target's parameters; keys of `WIDTHS`.
 
-
-def _make_target(folder: Path, dtype: str) -> Path:
-    return make_model(
-        folder / "target",
-        hidden_size=768,
-        intermediate_size=2304,
-        layers=12,
-        heads=12,
-        kv_heads=12,
-        **_common(dtype),
-    )
-
-
-def _common(dtype: str) -> dict[str, Any]:
+    Returns:
+        Folders by names like "5.5%".
+    """
     return {
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 512,
-        "head_dim": 64,
-        "dtype": dtype,
+        f"{100 * share:g}%": make_network(
+            folder / f"share-{share:g}",
+            seed=seed,
+            **shape_of(share, target_parameters),
+            dtype=dtype,
+        )
+        for seed, share in enumerate(shares, start=1)
     }
 
 
-def _small(dtype: str) -> dict[str, Any]:
-    """The shape of a network."""
-    return _common(dtype) | {
-        "hidden_size": 256,
-        "intermediate_size": 832,
-        "layers": 4,
-        "heads": 4,
-        "kv_heads": 4,
-        "tie_word_embeddings": True,
+def shape_of(share: float, target_parameters: int) -> Shape:
+    """Return the shape of a network with about this share of the target's parameters.
+
+    The widths are chosen by hand, to be those of a plausible model; what is left goes into the
+    MLPs.
+    """
+    hidden, layers, head_dim = WIDTHS[share]
+    per_layer = (share * target_parameters - VOCAB_SIZE * hidden) / layers - 4 * hidden**2
+    return NETWORK | {
+        "hidden_size": hidden,
+        "intermediate_size": 32 * round(per_layer / (3 * hidden) / 32),
+        "layers": layers,
+        "heads": hidden // head_dim,
+        "kv_heads": hidden // head_dim,
+        "head_dim": head_dim,
     }
 
 
+@functools.cache
 def num_parameters(checkpoint: Path) -> int:
-    """Count the parameters in a checkpoint's file."""
-    with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
+    """Count the parameters of a checkpoint, those of its models in sub-folders included."""
+    files = sorted(checkpoint.rglob(WEIGHTS))
+    if files:
+        return sum(map(_num_stored, files))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _num_stored(file: Path) -> int:
+    with safe_open(file, "pt") as tensors:
         names = tensors.keys()
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)

@@ -1,189 +1,136 @@
 """What it costs to combine: several networks, pairs, dynamic fusion, a floor, explanations.
 
-    python -m deploy.bench.combining [--out FILE] [--rounds 7] [--batch-sizes 1 4 16]
-
-All configurations take turns on one engine, so that a slow moment of the machine falls on each of
-them alike; ratios are taken within a round, and their median over the rounds is reported.
+All configurations take turns on one engine.
 """
 
 import argparse
-import collections
-import json
 import secrets
-import shlex
-import signal
 import statistics
-import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
-from deploy.bench import report
-from deploy.bench.__main__ import make_prompts, say
-from deploy.bench.checkpoints import make_combining_checkpoints
-from deploy.bench.engine import Engine
+from deploy.bench.arguments import add_batches, add_dtype, add_rounds
+from deploy.bench.checkpoints import make_checkpoints, make_pair
+from deploy.bench.engine import Engine, Run
+from deploy.bench.report import Answer, Cell, Table, rounded, say
+from deploy.bench.rounds import (
+    Round,
+    Rounds,
+    by_case,
+    make_requests,
+    median,
+    require_guided,
+    runs_of,
+    seconds,
+    take_turns,
+)
 
 UNGUIDED = "unguided"
+ONE = "one residual network"
+OTHER = "another residual network"
 TWO = "two residual networks"
 PAIR = "a pair"
 DYNAMIC = "a pair, dynamic"
-ONE = "one residual network"
+FLOOR = "one, with a floor"
+EXPLAINED = "one, explained"
 CONFIGURATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     UNGUIDED: ((), {}),
     ONE: (("first",), {}),
-    "another residual network": (("second",), {}),
+    OTHER: (("second",), {}),
     TWO: (("first", "second"), {}),
     PAIR: (("pair",), {}),
     DYNAMIC: (("pair",), {"dynamic": True}),
-    "one, with a floor": (("first",), {"floor": 1e-4}),
-    "one, explained": (("first",), {"explain": ""}),
+    FLOOR: (("first",), {"floor": 1e-4}),
+    EXPLAINED: (("first",), {"explain": ""}),
 }
 
 Seconds = dict[str, float]
 """configuration -> of one batch, within one round"""
 
 
-class Question(NamedTuple):
-    """A ratio that somebody cares about."""
+class Ratio(NamedTuple):
+    """One that somebody cares about."""
 
     name: str
     limit: float | None
-    ratio: Callable[[Seconds], float]
+    of: Callable[[Seconds], float]
 
 
-def cost(seconds: Seconds, name: str) -> float:
+def cost(taken: Seconds, name: str) -> float:
     """Return what guidance added."""
-    return seconds[name] - seconds[UNGUIDED]
+    return taken[name] - taken[UNGUIDED]
 
 
-QUESTIONS = (
-    Question(
+RATIOS = (
+    Ratio(
         "cost of two networks / sum of each alone",
         1.05,
-        lambda s: cost(s, TWO) / (cost(s, ONE) + cost(s, "another residual network")),
+        lambda s: cost(s, TWO) / (cost(s, ONE) + cost(s, OTHER)),
     ),
-    Question("cost of a pair / of two networks", 1.0, lambda s: cost(s, PAIR) / cost(s, TWO)),
-    Question("time of a pair, dynamic / static", 1.10, lambda s: s[DYNAMIC] / s[PAIR]),
-    Question("time with a floor / without", None, lambda s: s["one, with a floor"] / s[ONE]),
-    Question("time explained / not", None, lambda s: s["one, explained"] / s[ONE]),
+    Ratio("cost of a pair / of two networks", 1.0, lambda s: cost(s, PAIR) / cost(s, TWO)),
+    Ratio("time of a pair, dynamic / static", 1.10, lambda s: s[DYNAMIC] / s[PAIR]),
+    Ratio("time with a floor / without", None, lambda s: s[FLOOR] / s[ONE]),
+    Ratio("time explained / not", None, lambda s: s[EXPLAINED] / s[ONE]),
 )
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    with tempfile.TemporaryDirectory(prefix="trimtab-bench-") as folder:
-        say("making random checkpoints")
-        target, networks = make_combining_checkpoints(Path(folder), arguments.dtype)
-        rounds = measure(target, networks, arguments, Path(folder))
-    found = {
-        "command": shlex.join(["python", "-m", "deploy.bench.combining", *sys.argv[1:]]),
-        "machine": report.describe_machine(),
-        "versions": report.versions(),
-        "settings": {
-            "dtype": arguments.dtype,
-            "rounds": arguments.rounds,
-            "new_tokens": arguments.tokens,
-        },
-        **summarise(rounds),
-    }
-    show(found)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
-        say(f"written to {arguments.out}")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_rounds(parser, 9)
+    add_batches(parser, (1, 4, 16))
+    add_dtype(parser)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.bench.combining",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, help="write the results here, as JSON")
-    parser.add_argument("--rounds", type=int, default=9, help="times that each is measured")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens per request")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    return parser.parse_args()
-
-
-def measure(
-    target: Path, networks: dict[str, Path], arguments: argparse.Namespace, folder: Path
-) -> dict[int, list[Seconds]]:
-    """Return the rounds by batch size."""
-    rounds: dict[int, list[Seconds]] = collections.defaultdict(list)
+def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
+    say("making random checkpoints")
+    checkpoints = make_checkpoints(folder, arguments.dtype, ["first", "second"])
+    checkpoints.networks["pair"] = make_pair(folder, arguments.dtype)
     say("starting vLLM with trimtab (it compiles the target and the networks at first)")
-    with Engine(target, networks, folder / "trimtab.log") as engine:
-        turns = list(CONFIGURATIONS.items())
-        for round_number in range(arguments.rounds + 1):  # the first one warms up
-            for batch_size in arguments.batch_sizes:
-                prompts = make_prompts(batch_size, seed=round_number)
-                seconds: Seconds = {}
-                for name, (chosen, choice) in turns:
-                    if "explain" in choice:
-                        choice = {"explain": secrets.token_hex(8)}
-                    run = engine.generate(prompts, arguments.tokens, *chosen, **choice)
-                    seconds[name] = run.seconds
-                if round_number:
-                    rounds[batch_size].append(seconds)
-            turns.append(turns.pop(0))  # no configuration always follows the same other one
-            say(f"round {round_number} of {arguments.rounds}")
-    return rounds
+    with Engine(checkpoints.target, checkpoints.networks, folder / "trimtab.log") as engine:
 
+        def measure(name: str, batch_size: int, number: int) -> Run:
+            networks, choice = CONFIGURATIONS[name]
+            requests = make_requests(batch_size, arguments.tokens, number, *networks)
+            return engine.run(
+                [
+                    request._replace(
+                        choice={"explain": secrets.token_hex(8)} if "explain" in choice else choice
+                    )
+                    for request in requests
+                ]
+            )
 
-def summarise(rounds: dict[int, list[Seconds]]) -> dict[str, Any]:
-    """Return medians."""
-    return {
-        "seconds": [
-            {
-                "configuration": name,
-                "batch_size": batch_size,
-                "median": round(statistics.median(seconds[name] for seconds in found), 4),
-                "runs": [round(seconds[name], 4) for seconds in found],
-            }
-            for name in CONFIGURATIONS
-            for batch_size, found in rounds.items()
+        rounds = take_turns(arguments.batch_sizes, CONFIGURATIONS, arguments.rounds, measure)
+        description = engine.description
+    require_guided(rounds, [name for name in CONFIGURATIONS if name != UNGUIDED], UNGUIDED)
+    return Answer(
+        tables=[
+            Table(
+                f"Seconds for {arguments.tokens} tokens",
+                by_case(rounds, CONFIGURATIONS, lambda found, name: median(found, name, seconds)),
+            ),
+            Table("Ratios", ratios(rounds)),
         ],
-        "ratios": [
-            {
-                "question": question.name,
-                "limit": question.limit,
-                "batch_size": batch_size,
-                "ratio": round(statistics.median(map(question.ratio, found)), 4),
-            }
-            for question in QUESTIONS
-            for batch_size, found in rounds.items()
-        ],
-    }
+        models=checkpoints.describe(),
+        engine=description,
+        runs=runs_of(rounds, seconds=seconds),
+    )
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print the tables."""
-    sizes = sorted({row["batch_size"] for row in found["seconds"]})
-    tables = {
-        f"Seconds for {found['settings']['new_tokens']} tokens": ("seconds", "configuration"),
-        "Ratios": ("ratios", "question"),
-    }
-    for title, (part, label) in tables.items():
-        table = Table(title=title)
-        table.add_column("")
-        for size in sizes:
-            table.add_column(f"batch {size}", justify="right")
-        if part == "ratios":
-            table.add_column("limit", justify="right")
-        value = "median" if part == "seconds" else "ratio"
-        for name in dict.fromkeys(row[label] for row in found[part]):
-            rows = [row for row in found[part] if row[label] == name]
-            cells = [f"{row[value]:.3f}" for row in rows]
-            if part == "ratios":
-                cells.append("" if rows[0]["limit"] is None else f"{rows[0]['limit']:.2f}")
-            table.add_row(name, *cells)
-        Console().print(table)
+def ratios(rounds: Rounds[int, Run]) -> list[dict[str, Cell]]:
+    """Return a row for each of `RATIOS`: their medians over the rounds."""
 
+    def of(ratio: Ratio, found: Sequence[Round[Run]]) -> float | None:
+        return rounded(
+            statistics.median(
+                ratio.of({name: run.seconds for name, run in measured.items()})
+                for measured in found
+            )
+        )
 
-if __name__ == "__main__":
-    main()
+    return [
+        {"": ratio.name}
+        | {f"batch {batch_size}": of(ratio, found) for batch_size, found in rounds.items()}
+        | {"limit": ratio.limit}
+        for ratio in RATIOS
+    ]

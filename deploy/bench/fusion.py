@@ -1,20 +1,21 @@
 """What it costs to combine networks in one decoding step, of random logits on the CPU.
 
-    python -m deploy.bench.fusion [--rounds N] [--threads N] [--vocab-sizes N ...]
-
 For each vocabulary size the milliseconds of a step at batch 16, over rounds in which all take turns
 (on a machine with other work the least says most): the static sum; the same with weights that are
 solved for (dynamic fusion), distances included; and what a floor or an explanation adds.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from deploy.bench.arguments import add_rounds, within
+from deploy.bench.report import Answer, Table
+from deploy.bench.rounds import by_case, median, runs_of, take_turns
 from value_models.combine import keep_target_in_charge
 from value_models.explain import explain
 from value_models.fusion import divergence, solve_weights
@@ -23,20 +24,42 @@ BATCH_SIZE = 16
 NETWORKS = (1, 2, 3, 4)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m deploy.bench.fusion", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[8192, 32_000, 131_072])
-    arguments = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_rounds(parser, 21)
+    parser.add_argument("--threads", type=within(1), default=2, help="(2)")
+    parser.add_argument(
+        "--vocab-sizes",
+        type=within(16),
+        nargs="+",
+        default=[8192, 32_000, 131_072],
+        help="(8192 32000 131072)",
+    )
+
+
+def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     torch.set_num_threads(arguments.threads)
-    for vocab_size in arguments.vocab_sizes:
-        parts = make_parts(vocab_size)
-        taken = measure(parts, arguments.rounds)
-        print(f"batch {BATCH_SIZE}, {vocab_size:,} logits, {arguments.threads} threads")
-        for name, milliseconds in taken.items():
-            median, least = statistics.median(milliseconds), min(milliseconds)
-            print(f"  {name:20} {median:8.2f} ms, least {least:8.2f} ms")
+    parts = {size: make_parts(size) for size in arguments.vocab_sizes}
+    names = list(next(iter(parts.values())))
+
+    def measure(name: str, vocab_size: int, _: int) -> float:
+        start = time.perf_counter()
+        parts[vocab_size][name]()
+        return 1e3 * (time.perf_counter() - start)
+
+    rounds = take_turns(arguments.vocab_sizes, names, arguments.rounds, measure)
+    return Answer(
+        tables=[
+            Table(
+                f"Milliseconds of a step at batch {BATCH_SIZE}, {title}, by number of logits",
+                by_case(rounds, names, figure, "{:,}"),
+            )
+            for title, figure in {
+                "median": lambda found, name: median(found, name, float),
+                "least": lambda found, name: min(measured[name] for measured in found),
+            }.items()
+        ],
+        runs=runs_of(rounds, milliseconds=float),
+    )
 
 
 def make_parts(vocab_size: int) -> dict[str, Callable[[], object]]:
@@ -78,20 +101,3 @@ def make_parts(vocab_size: int) -> dict[str, Callable[[], object]]:
     parts["floor"] = lambda: keep_target_in_charge(guided, target, floor)
     parts["explain, 1"] = lambda: explain(target, guided, values[:, :1], bounds[:, :1], target)
     return parts
-
-
-def measure(parts: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the milliseconds of each, round by round."""
-    taken: dict[str, list[float]] = {name: [] for name in parts}
-    for part in parts.values():
-        part()  # the first call warms up
-    for _ in range(rounds):
-        for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            taken[name].append(1e3 * (time.perf_counter() - start))
-    return taken
-
-
-if __name__ == "__main__":
-    main()

@@ -1,64 +1,122 @@
-"""What the benchmark found: a table for people, JSON for machines."""
+"""What a question's answer looks like: JSON for machines, tables for people, and curves."""
 
 import importlib.metadata
+import json
 import os
 import platform
-import statistics
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as PrintedTable
 
-PLAIN = "vLLM plain"
-UNGUIDED = "trimtab unguided, networks resident"
-GUIDED = "trimtab guided"
-MAPPED = "trimtab guided, another vocabulary"
-CACHED = "transformers, KV caches"
-UNCACHED = "transformers, no caches"
-CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED, MAPPED, CACHED, UNCACHED)
-
-Measurements = dict[str, dict[int, list[float]]]
-"""configuration -> batch size -> tokens per second of each round"""
+Cell = str | float | int | bool | None
 
 
-def summarise(measured: Measurements, limit: float) -> dict[str, Any]:
-    """Return medians and ratios (research.md, "Measures").
+@dataclass
+class Table:
+    """Rows of cells by column; a column that a row lacks, or has None for, is left empty."""
 
-    Ratios are of times for the same requests, taken within each round, so that a slow moment of the
-    machine falls on both sides; their median is reported.
+    title: str
+    rows: list[dict[str, Cell]]
+
+
+@dataclass
+class Plot:
+    """Curves over one axis."""
+
+    name: str  # part of the file's name
+    title: str
+    x: str
+    y: str
+    curves: dict[str, list[tuple[float, float]]]
+    log_x: bool = False
+    log_y: bool = False
+
+
+@dataclass
+class Answer:
+    """What a question found.
+
+    Attributes:
+        tables: the figures.
+        models: what was run; `Checkpoints.describe`.
+        engine: how it was run; `Engine.description`.
+        checks: that the runs did what they are thought to have done.
+        runs: round by round.
+        failed: why the figures are not to be trusted, or not good enough.
     """
-    ratios = []
-    for batch_size, plain in measured[PLAIN].items():
-        guided, mapped, unguided = (
-            statistics.median(a / b for a, b in zip(plain, measured[name][batch_size], strict=True))
-            for name in (GUIDED, MAPPED, UNGUIDED)
-        )
-        ratios.append(
-            {
-                "batch_size": batch_size,
-                "guided_overhead": round(guided, 4),
-                "mapped_overhead": round(mapped, 4),
-                "unguided_overhead": round(unguided, 4),
-                "limit": round(limit, 4),
-                "overhead_efficiency": round((guided - 1) / (limit - 1), 2),
-            }
-        )
+
+    tables: list[Table]
+    plots: list[Plot] = field(default_factory=list)
+    models: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    failed: str | None = None
+
+
+def compose(
+    question: str, command: str, settings: dict[str, Any], answer: Answer
+) -> dict[str, Any]:
+    """Return the result file's content."""
     return {
-        "tokens_per_second": [
-            {
-                "configuration": name,
-                "batch_size": batch_size,
-                "median": round(statistics.median(runs), 2),
-                "runs": [round(run, 2) for run in runs],
-            }
-            for name in CONFIGURATIONS
-            for batch_size, runs in measured[name].items()
-        ],
-        "ratios": ratios,
+        "question": question,
+        "command": command,
+        "machine": describe_machine(),
+        "versions": versions(),
+        "settings": settings,
+        **asdict(answer),
     }
+
+
+def write(found: dict[str, Any], file: Path) -> list[Path]:
+    """Write a result, and its curves beside it. Returns the files."""
+    from deploy.bench.plots import draw
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    plots = [Plot(**plot) for plot in found["plots"]]
+    return [file, *(draw(plot, file.with_name(f"{file.stem}-{plot.name}.svg")) for plot in plots)]
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises:
+        ValueError: it is none of this format.
+    """
+    found = json.loads(file.read_text())
+    if not isinstance(found, dict) or "tables" not in found:
+        raise ValueError(f"{file} is not a result of this benchmark")
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the tables, and under what they hold."""
+    # A file or a pipe has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for fields in found["tables"]:
+        table = Table(**fields)
+        columns = list(dict.fromkeys(column for row in table.rows for column in row))
+        printed = PrintedTable(title=table.title, title_justify="left")
+        for number, column in enumerate(columns):
+            printed.add_column(column, justify="right" if number else "left")
+        for row in table.rows:
+            printed.add_row(*(_cell(row.get(column)) for column in columns))
+        console.print(printed)
+    for part in ("models", "checks"):
+        if found[part]:
+            console.print(f"{part}: {_line(found[part])}")
+    machine, version = found["machine"], found["versions"]
+    console.print(f"machine: {_line(machine)}; {_line(version)}", soft_wrap=True)
+    console.print(f"command: {found['command']}", soft_wrap=True)
+    if found["failed"]:
+        console.print(f"[bold]FAILED: {found['failed']}[/bold]")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -85,50 +143,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def show(report: dict[str, Any]) -> None:
-    """Print the tables."""
-    console = Console()
-    models = report["models"]
-    sizes = report["settings"]["batch_sizes"]
-    table = Table(
-        title=f"Tokens per second, all requests of a batch together ({models['dtype']}; target "
-        f"{models['target_parameters'] / 1e6:.1f} M parameters, network "
-        f"{models['network_parameters'] / 1e6:.1f} M)"
-    )
-    table.add_column("")
-    for size in sizes:
-        table.add_column(f"batch {size}", justify="right")
-    medians = {
-        (row["configuration"], row["batch_size"]): row["median"]
-        for row in report["tokens_per_second"]
-    }
-    for name in CONFIGURATIONS:
-        table.add_row(name, *(f"{medians[name, size]:.1f}" for size in sizes))
-    console.print(table)
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(value, digits)
 
-    table = Table(title=f"Time against {PLAIN}, median of {report['settings']['rounds']} rounds")
-    table.add_column("batch", justify="right")
-    for column in ("guided", "limit", "overhead efficiency", "another vocabulary", "unguided"):
-        table.add_column(column, justify="right")
-    for row in report["ratios"]:
-        table.add_row(
-            str(row["batch_size"]),
-            f"{row['guided_overhead']:.3f}",
-            f"{row['limit']:.3f}",
-            f"{row['overhead_efficiency']:.2f}",
-            f"{row['mapped_overhead']:.3f}",
-            f"{row['unguided_overhead']:.3f}",
-        )
-    console.print(table)
 
-    table = Table(
-        title="Reading a target's text in a network's tokens, microseconds a row and step"
-    )
-    for column in ("network", "target"):
-        table.add_column(column)
-    for column in ("median", "99th percentile"):
-        table.add_column(column, justify="right")
-    for row in report["retokenization"]:
-        figures = (row["median_microseconds"], row["p99_microseconds"])
-        table.add_row(row["network"], row["target"], *(f"{figure:.0f}" for figure in figures))
-    console.print(table)
+def say(line: str) -> None:
+    print(f"[bench] {line}", file=sys.stderr, flush=True)
+
+
+def _cell(value: Cell) -> str:
+    match value:
+        case None:
+            return ""
+        case float():
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        case _:
+            return str(value)
+
+
+def _line(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())

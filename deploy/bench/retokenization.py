@@ -4,13 +4,15 @@ The vocabularies are real ones, which vLLM's dependency mistral_common brings: S
 32,768 tokens and Tekken with 131,072. The text is this project's documentation.
 """
 
+import argparse
 import statistics
 import time
 from importlib.resources import files
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
+from deploy.bench.report import Answer, Cell, Table, say
+from deploy.bench.rounds import percentile
 from value_models.vocabulary.align import align_vocabularies
 from value_models.vocabulary.reading import Reader
 from value_models.vocabulary.tokens import Vocabulary, load_vocabulary
@@ -23,26 +25,36 @@ PROMPT_TOKENS = 64
 STEPS = 3000
 
 
-def measure() -> list[dict[str, Any]]:
-    """Follow the text a token at a time, as a decoding row does, in both directions.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
 
-    Returns:
-        For each pair of vocabularies the microseconds of a step: median, 99th percentile, worst.
-    """
+
+def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
+    """Follow the text a token at a time, as a decoding row does, in both directions."""
+    say("aligning two real vocabularies")
     data = files("mistral_common") / "data"
     loaded = {name: load_vocabulary(str(data / file)) for name, file in VOCABULARIES.items()}
     root = Path(__file__).parents[2]
     documents = [*sorted(root.glob("docs/*.md")), root / "README.md"]
     text = "\n".join(file.read_text(encoding="utf-8") for file in documents)
-    return [
+    rows: list[dict[str, Cell]] = [
         {
             "network": network,
             "target": target,
-            "steps": STEPS,
-            **_summary(_microseconds(loaded[network], loaded[target], text)),
+            **summarise(_microseconds(loaded[network], loaded[target], text)),
         }
         for network, target in permutations(VOCABULARIES)
     ]
+    title = f"Microseconds a row and step, over {STEPS} steps"
+    return Answer(tables=[Table(title, rows)])
+
+
+def summarise(taken: list[float]) -> dict[str, Cell]:
+    return {
+        "median": round(statistics.median(taken), 1),
+        "99th percentile": round(percentile(taken, 0.99), 1),
+        "longest": round(max(taken), 1),
+    }
 
 
 def _microseconds(network: Vocabulary, target: Vocabulary, text: str) -> list[float]:
@@ -57,11 +69,3 @@ def _microseconds(network: Vocabulary, target: Vocabulary, text: str) -> list[fl
         history.extend([token_id])
         taken.append(1e6 * (time.perf_counter() - start))
     return taken
-
-
-def _summary(taken: list[float]) -> dict[str, float]:
-    return {
-        "median_microseconds": round(statistics.median(taken), 1),
-        "p99_microseconds": round(statistics.quantiles(taken, n=100)[98], 1),
-        "worst_microseconds": round(max(taken), 1),
-    }

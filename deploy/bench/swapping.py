@@ -1,4 +1,4 @@
-"""Measures what running streams feel while value networks are loaded, replaced and unloaded.
+"""What running streams feel while value networks are loaded, replaced and unloaded.
 
 16 clients stream without pause, half of them guided. Between quiet times, networks of 6 M and 60 M
 parameters come and go over the management API, and each gap between two tokens of a stream counts
@@ -6,13 +6,8 @@ as quiet, or as of the change that it overlaps.
 """
 
 import argparse
-import json
-import math
 import random
-import shlex
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,12 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from rich.console import Console
-from rich.table import Table
-from transformers.utils import logging
 
-from deploy.bench import report
-from deploy.bench.checkpoints import VOCAB_SIZE, make_checkpoints, num_parameters
+from deploy.bench.arguments import add_dtype, within
+from deploy.bench.checkpoints import (
+    NETWORK,
+    Checkpoints,
+    make_networks,
+    make_target,
+    num_parameters,
+)
+from deploy.bench.report import Answer, Cell, Table, say
+from deploy.bench.rounds import percentile
 from deploy.bench.streams import Gap, Streams
 from tests.models import make_network
 from tests.server.operator import Operator
@@ -48,98 +48,56 @@ class Window(NamedTuple):
     end: float
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(prefix="trimtab-bench-") as folder:
-        say("making random checkpoints")
-        checkpoints = make_checkpoints(Path(folder), arguments.dtype)
-        store = Path(folder) / "store"
-        store.mkdir()
-        checkpoints.networks[GUIDING].rename(store / GUIDING)
-        sizes = make_networks(Path(folder) / "unpublished", arguments.dtype)
-        say("starting trimtab (vLLM compiles the target at first)")
-        flags = ("--max-model-len", "512", "--seed", "0", "--dtype", arguments.dtype)
-        with serving(
-            Path(folder) / "server",
-            checkpoints.target,
-            *("--value-network-dir", store, "--state-file", Path(folder) / "state.json"),
-            flags=flags,
-        ) as served:
-            # Published only now: a server may never have seen what it is to load.
-            for network in (Path(folder) / "unpublished").iterdir():
-                network.rename(store / network.name)
-            windows, gaps = measure(served.url, arguments)
-    found = {
-        "command": shlex.join(["python", "-m", "deploy.bench.swapping", *sys.argv[1:]]),
-        "machine": report.describe_machine(),
-        "versions": report.versions(),
-        "models": {
-            "dtype": arguments.dtype,
-            "target_parameters": checkpoints.target_parameters,
-            "guiding_parameters": checkpoints.network_parameters,
-            "swapped_parameters": sizes,
-            "vocab_size": checkpoints.vocab_size,
-        },
-        "settings": {
-            "streams": arguments.streams,
-            "guided_streams": arguments.streams // 2,
-            "cycles": arguments.cycles,
-            "quiet_seconds": arguments.quiet,
-            "new_tokens": MAX_TOKENS,
-        },
-        **summarise(windows, gaps),
-    }
-    show(found)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
-        say(f"written to {arguments.out}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m deploy.bench.swapping", description=__doc__)
-    parser.add_argument("--out", type=Path, help="write the results here, as JSON")
-    parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--cycles", type=int, default=5, help="times that each network is swapped")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--streams", type=within(1), default=16, help="(16)")
     parser.add_argument(
-        "--quiet", type=float, default=8, help="seconds without a change before each"
+        "--cycles", type=within(1), default=5, help="times that each network is swapped (5)"
     )
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    return parser.parse_args()
+    parser.add_argument(
+        "--quiet", type=float, default=8, help="seconds without a change before each (8)"
+    )
+    add_dtype(parser)
 
 
-def make_networks(folder: Path, dtype: str) -> dict[str, int]:
-    """Write two versions each of the networks that come and go; `<name>-next` is the second.
+def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
+    say("making random checkpoints")
+    store = folder / "store"
+    store.mkdir()
+    target = make_target(folder, arguments.dtype)
+    networks = make_networks(store, [GUIDING], arguments.dtype)
+    checkpoints = Checkpoints(target, networks, arguments.dtype)
+    unpublished = make_swapped(folder / "unpublished", arguments.dtype)
+    say("starting trimtab (vLLM compiles the target at first)")
+    flags = ("--max-model-len", "512", "--seed", "0", "--dtype", arguments.dtype)
+    with serving(
+        folder / "server",
+        target,
+        *("--value-network-dir", store, "--state-file", folder / "state.json"),
+        flags=flags,
+    ) as served:
+        swapped = {name: num_parameters(network) for name, network in unpublished.items()}
+        # Published only now: a server may never have seen what it is to load.
+        for network in unpublished.values():
+            network.rename(store / network.name)
+        windows, gaps = measure(served.url, arguments)
+    return summarise(windows, gaps, checkpoints.describe() | {"swapped_parameters": swapped})
 
-    Returns the names with their parameters.
-    """
-    common = {
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 512,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-        "dtype": dtype,
+
+def make_swapped(folder: Path, dtype: str) -> dict[str, Path]:
+    """Write two versions each of the networks that come and go; `<name>-next` is the second."""
+    large = NETWORK | {
+        "hidden_size": 640,
+        "intermediate_size": 1984,
+        "layers": 10,
+        "heads": 10,
+        "kv_heads": 10,
     }
-    shapes = {
-        "6M": {
-            "hidden_size": 256,
-            "intermediate_size": 832,
-            "layers": 4,
-            "heads": 4,
-            "kv_heads": 4,
-        },
-        "60M": {
-            "hidden_size": 640,
-            "intermediate_size": 1984,
-            "layers": 10,
-            "heads": 10,
-            "kv_heads": 10,
-        },
+    return {
+        source: make_network(folder / source, seed=100 + seed, **shape, dtype=dtype)
+        for seed, (source, shape) in enumerate(
+            {"6M": NETWORK, "6M-next": NETWORK, "60M": large, "60M-next": large}.items()
+        )
     }
-    for seed, (name, shape) in enumerate(shapes.items(), start=10):
-        for version, source in enumerate((name, f"{name}-next")):
-            make_network(folder / source, seed=100 * seed + version, **common, **shape)
-    return {name: num_parameters(folder / name) for name in shapes}
 
 
 def measure(url: str, arguments: argparse.Namespace) -> tuple[list[Window], list[Gap]]:
@@ -183,87 +141,56 @@ def make_requests(num_streams: int) -> list[dict[str, Any]]:
     ]
 
 
-def summarise(windows: Sequence[Window], gaps: Sequence[Gap]) -> dict[str, Any]:
-    """Return the gaps' figures in milliseconds, for each kind of change and for all together."""
-    by_change: dict[str, list[float]] = {QUIET: []}
+def summarise(
+    windows: Sequence[Window], gaps: Sequence[Gap], models: dict[str, Any] | None = None
+) -> Answer:
+    """Return the gaps' figures for each kind of change, and for all together."""
+    seconds: dict[str, list[float]] = {QUIET: []}
     changed: list[float] = []
     ordered = sorted(windows, key=lambda window: window.start)
     for gap in gaps:
-        seconds = gap.end - gap.start
+        taken = gap.end - gap.start
         touched = {w.change for w in ordered if w.start < gap.end and gap.start < w.end}
         for change in touched - {QUIET}:
-            by_change.setdefault(change, []).append(seconds)
+            seconds.setdefault(change, []).append(taken)
         if touched - {QUIET}:
-            changed.append(seconds)
+            changed.append(taken)
         elif touched:
-            by_change[QUIET].append(seconds)
-    figures = {change: _figures(seconds) for change, seconds in by_change.items() if seconds}
-    together, quiet = _figures(changed), figures[QUIET]
-    seconds_of = {
-        change: [w.end - w.start for w in windows if w.change == change] for change in figures
-    }
-    worst = max((figures[change]["p99_ms"] for change in figures if change != QUIET), default=0)
-    return {
-        "inter_token_latency": [
-            {
-                "during": change,
-                "median_seconds": round(statistics.median(seconds_of[change]), 2),
-                **row,
-            }
-            for change, row in figures.items()
+            seconds[QUIET].append(taken)
+    rows: list[dict[str, Cell]] = [
+        {
+            "during": change,
+            "takes, s": round(
+                statistics.median(w.end - w.start for w in windows if w.change == change), 2
+            ),
+            **figures(found),
+        }
+        for change, found in seconds.items()
+        if found
+    ]
+    rows.append({"during": "all changes", **figures(changed)})
+    against_quiet = percentile(changed, 0.99) / percentile(seconds[QUIET], 0.99)
+    goals: list[dict[str, Cell]] = [
+        {"": "p99 during changes / quiet", "found": round(against_quiet, 2), "limit": P99_LIMIT},
+        {
+            "": "longest gap during changes, ms",
+            "found": round(1e3 * max(changed), 2),
+            "limit": 1e3 * GAP_LIMIT,
+        },
+    ]
+    return Answer(
+        tables=[
+            Table("Milliseconds between two tokens of a stream", rows),
+            Table("Against what is allowed", goals),
         ],
-        "during_changes": together,
-        "p99_ratio": round(together["p99_ms"] / quiet["p99_ms"], 2),
-        "worst_p99_ratio": round(worst / quiet["p99_ms"], 2),
-        "longest_gap_ms": together["max_ms"],
-        "limits": {"p99_ratio": P99_LIMIT, "longest_gap_ms": 1000 * GAP_LIMIT},
-    }
+        models=models or {},
+    )
 
 
-def _figures(seconds: Sequence[float]) -> dict[str, Any]:
-    ordered = sorted(seconds)
-
-    def percentile(share: float) -> float:
-        return round(1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)], 2)
-
+def figures(seconds: Sequence[float]) -> dict[str, Cell]:
     return {
-        "gaps": len(ordered),
-        "p50_ms": percentile(0.5),
-        "p99_ms": percentile(0.99),
-        "max_ms": percentile(1),
+        "gaps": len(seconds),
+        "p50": round(1e3 * percentile(seconds, 0.5), 2),
+        "p99": round(1e3 * percentile(seconds, 0.99), 2),
+        "max": round(1e3 * max(seconds), 2),
     }
-
-
-def show(found: dict[str, Any]) -> None:
-    """Print the table."""
-    models, settings = found["models"], found["settings"]
-    table = Table(
-        title=f"Milliseconds between two tokens of a stream; {settings['streams']} streams, "
-        f"{settings['guided_streams']} guided ({models['dtype']}; target "
-        f"{models['target_parameters'] / 1e6:.1f} M parameters)"
-    )
-    table.add_column("during")
-    for column in ("takes, s", "gaps", "p50", "p99", "max"):
-        table.add_column(column, justify="right")
-    for row in found["inter_token_latency"]:
-        figures = (f"{row[name]:.1f}" for name in ("p50_ms", "p99_ms", "max_ms"))
-        table.add_row(row["during"], f"{row['median_seconds']:.2f}", str(row["gaps"]), *figures)
-    together = found["during_changes"]
-    figures = (f"{together[name]:.1f}" for name in ("p50_ms", "p99_ms", "max_ms"))
-    table.add_row("all changes", "", str(together["gaps"]), *figures)
-    console = Console()
-    console.print(table)
-    limits = found["limits"]
-    console.print(
-        f"p99 during changes: {found['p99_ratio']:.2f} times the quiet one "
-        f"(at most {limits['p99_ratio']:g}); longest gap {found['longest_gap_ms']:.0f} ms "
-        f"(at most {limits['longest_gap_ms']:.0f})"
-    )
-
-
-def say(line: str) -> None:
-    print(f"[bench] {line}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()

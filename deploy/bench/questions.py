@@ -1,0 +1,56 @@
+"""The questions that can be asked."""
+
+import argparse
+from pathlib import Path
+from typing import Protocol
+
+from deploy.bench import (
+    beside,
+    combining,
+    exactness,
+    fusion,
+    mixture,
+    prefill,
+    retokenization,
+    sizes,
+    stall,
+    startup,
+    swapping,
+    throughput,
+)
+from deploy.bench.report import Answer
+
+
+class Question(Protocol):
+    """A module; its docstring begins with what it answers."""
+
+    __doc__: str | None
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None: ...
+
+    @staticmethod
+    def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
+        """Measure; what is made for it may go into `folder`."""
+        ...
+
+
+QUESTIONS: dict[str, Question] = {
+    "throughput": throughput,
+    "prefill": prefill,
+    "stall": stall,
+    "sizes": sizes,
+    "mixture": mixture,
+    "beside": beside,
+    "combining": combining,
+    "swapping": swapping,
+    "startup": startup,
+    "retokenization": retokenization,
+    "fusion": fusion,
+    "exactness": exactness,
+}
+
+
+def summary(question: Question) -> str:
+    """Return its line in the list of questions."""
+    return (question.__doc__ or "").partition("\n")[0].removesuffix(".").removesuffix(":")

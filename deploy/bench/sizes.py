@@ -1,0 +1,116 @@
+"""What guidance costs against the network's size, beside its arithmetic limit.
+
+Networks of 1 to 30 % of the target's parameters are resident together. The limit of guided /
+plain is 1 + size; vLLM plain is vLLM at its defaults.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.bench.arguments import add_batches, add_dtype, add_rounds
+from deploy.bench.checkpoints import (
+    WIDTHS,
+    Checkpoints,
+    make_sized_networks,
+    make_target,
+    num_parameters,
+)
+from deploy.bench.engine import Run
+from deploy.bench.report import Answer, Cell, Plot, Table, rounded, say
+from deploy.bench.rounds import (
+    PLAIN,
+    UNGUIDED,
+    Rounds,
+    by_case,
+    make_requests,
+    median,
+    plain_and_trimtab,
+    ratio,
+    require_guided,
+    runs_of,
+    same_tokens,
+    seconds,
+    take_turns,
+    tokens_per_second,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_rounds(parser, 7)
+    add_batches(parser, (4, 16))
+    parser.add_argument(
+        "--sizes",
+        type=float,
+        nargs="+",
+        choices=WIDTHS,
+        metavar="SHARE",
+        default=list(WIDTHS),
+        help=f"of the target's parameters ({' '.join(map(str, WIDTHS))})",
+    )
+    add_dtype(parser)
+
+
+def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
+    say("making random checkpoints")
+    target = make_target(folder, arguments.dtype)
+    networks = make_sized_networks(folder, arguments.sizes, arguments.dtype, num_parameters(target))
+    checkpoints = Checkpoints(target, networks, arguments.dtype)
+    names = [PLAIN, UNGUIDED, *networks]
+    with plain_and_trimtab(checkpoints, folder) as (plain, trimtab):
+
+        def measure(name: str, batch_size: int, number: int) -> Run:
+            chosen = (name,) if name in networks else ()
+            requests = make_requests(batch_size, arguments.tokens, number, *chosen)
+            return (plain if name == PLAIN else trimtab).run(requests)
+
+        rounds = take_turns(arguments.batch_sizes, names, arguments.rounds, measure)
+        engine = trimtab.description
+    require_guided(rounds, networks, PLAIN)
+    shares = {name: checkpoints.share(name) for name in networks}
+    return Answer(
+        tables=[
+            Table(
+                "Tokens per second, all requests of a batch together",
+                by_case(rounds, names, lambda found, name: median(found, name, tokens_per_second)),
+            ),
+            Table(f"Time against {PLAIN}, and efficiency", overheads(rounds, shares)),
+        ],
+        plots=[make_plot(rounds, shares)],
+        models=checkpoints.describe(),
+        engine=engine,
+        checks={"unguided_tokens_equal_plain": same_tokens(rounds, UNGUIDED, PLAIN)},
+        runs=runs_of(rounds, seconds=seconds),
+    )
+
+
+def overheads(rounds: Rounds[int, Run], shares: dict[str, float]) -> list[dict[str, Cell]]:
+    """Return a row for each network; `shares`: their parameters for each of the target."""
+    rows: list[dict[str, Cell]] = []
+    for name, share in shares.items():
+        row: dict[str, Cell] = {"network": name, "limit": rounded(1 + share)}
+        for batch_size, found in rounds.items():
+            overhead = ratio(found, name, PLAIN, seconds)
+            assert overhead is not None
+            row[f"batch {batch_size}"] = rounded(overhead)
+            row[f"efficiency, batch {batch_size}"] = rounded((overhead - 1) / share, 2)
+        rows.append(row)
+    return rows
+
+
+def make_plot(rounds: Rounds[int, Run], shares: dict[str, float]) -> Plot:
+    def points(batch_size: int) -> Sequence[tuple[float, float]]:
+        found = rounds[batch_size]
+        return [
+            (100 * share, ratio(found, name, PLAIN, seconds) or 0.0)
+            for name, share in shares.items()
+        ]
+
+    return Plot(
+        name="overhead",
+        title="Cost of guidance against the network's size",
+        x="parameters of the network, % of the target's",
+        y="time guided / plain",
+        curves={f"batch {size}": list(points(size)) for size in rounds}
+        | {"limit": [(100 * share, 1 + share) for share in [0.0, *shares.values()]]},
+    )

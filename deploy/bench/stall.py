@@ -1,0 +1,111 @@
+"""How long running streams wait while a long prompt is read.
+
+Four streams run; in half of the runs a request with a long new prompt joins them. What is
+compared is the longest time that any stream waits for a token. vLLM plain is vLLM at its defaults,
+where a prompt of 4 k tokens is read in one step.
+"""
+
+import argparse
+from pathlib import Path
+
+from deploy.bench.arguments import add_dtype, add_rounds, within
+from deploy.bench.checkpoints import make_checkpoints
+from deploy.bench.engine import Run
+from deploy.bench.report import Answer, Table, rounded, say
+from deploy.bench.rounds import (
+    GUIDED,
+    PLAIN,
+    UNGUIDED,
+    Rounds,
+    by_case,
+    make_requests,
+    median,
+    plain_and_trimtab,
+    ratio,
+    require_guided,
+    runs_of,
+    same_tokens,
+    take_turns,
+)
+
+STREAMS = 4
+POSITIONS = 8192
+QUIET, JOINED = "alone", "joined by a long prompt"
+CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_rounds(parser, 9)
+    parser.add_argument(
+        "--tokens", type=within(4), default=48, help="new tokens per running stream (48)"
+    )
+    parser.add_argument(
+        "--length", type=within(2, POSITIONS - 1), default=4096, help="of the long prompt (4096)"
+    )
+    add_dtype(parser)
+
+
+def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
+    say("making random checkpoints")
+    checkpoints = make_checkpoints(folder, arguments.dtype, ["guiding"], POSITIONS)
+    with plain_and_trimtab(checkpoints, folder) as (plain, trimtab):
+
+        def measure(name: str, case: str, number: int) -> Run:
+            networks = ("guiding",) if name == GUIDED else ()
+            requests = make_requests(STREAMS, arguments.tokens, number, *networks)
+            if case == JOINED:
+                # Of each configuration's own, for two of them share an engine and its caches.
+                (long,) = make_requests(1, 1, (number, name), *networks, length=arguments.length)
+                requests.append(long._replace(joins_after=arguments.tokens // 2))
+            return (plain if name == PLAIN else trimtab).run(requests)
+
+        rounds = take_turns([QUIET, JOINED], CONFIGURATIONS, arguments.rounds, measure)
+        engine = trimtab.description
+    require_guided(rounds, [GUIDED], PLAIN)
+    return Answer(
+        tables=make_tables(rounds, 1 + checkpoints.share("guiding")),
+        models=checkpoints.describe(),
+        engine=engine,
+        checks={
+            "unguided_tokens_equal_plain": same_tokens({QUIET: rounds[QUIET]}, UNGUIDED, PLAIN)
+        },
+        runs=runs_of(rounds, longest_gap=longest_gap, long_prompt_first_token=first_token),
+    )
+
+
+def longest_gap(run: Run) -> float:
+    """Return the seconds of the longest wait of a running stream."""
+    return max(gap for stream in run.streams[:STREAMS] for gap in stream.gaps)
+
+
+def first_token(run: Run) -> float | None:
+    """Return the seconds that the long prompt's first token took, if there was one."""
+    return run.streams[STREAMS].time_to_first_token if len(run.streams) > STREAMS else None
+
+
+def make_tables(rounds: Rounds[str, Run], limit: float) -> list[Table]:
+    longest = by_case(
+        rounds,
+        CONFIGURATIONS,
+        lambda found, name: median(found, name, lambda run: 1e3 * longest_gap(run)),
+        "{}",
+    )
+    for row in longest:
+        name = str(row[""])
+        taken = median(rounds[JOINED], name, lambda run: 1e3 * (first_token(run) or 0))
+        row["first token of the long prompt"] = rounded(taken)
+    against = [
+        {"": name}
+        | {case: rounded(ratio(found, name, PLAIN, longest_gap)) for case, found in rounds.items()}
+        | {
+            "first token of the long prompt": rounded(
+                ratio(rounds[JOINED], name, PLAIN, lambda run: first_token(run) or 0)
+            ),
+            "limit": rounded(limit) if name == GUIDED else 1.0,
+        }
+        for name in CONFIGURATIONS[1:]
+    ]
+    return [
+        Table(f"Longest wait of any of {STREAMS} streams for a token, milliseconds", longest),
+        Table(f"The same against {PLAIN}", against),
+    ]

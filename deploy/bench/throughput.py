@@ -1,0 +1,149 @@
+"""Tokens per second, and the time between two tokens, against the batch size.
+
+vLLM plain is vLLM at its defaults, and all run the same target; trimtab has its networks resident
+throughout. Transformers are measured beside: with KV caches, as proxy tuning runs, and without,
+as the method's authors serve it (in the first round only: it takes minutes).
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from deploy.bench.arguments import add_batches, add_dtype, add_rounds
+from deploy.bench.baseline import Baseline
+from deploy.bench.checkpoints import (
+    Checkpoints,
+    make_checkpoints,
+    make_large_checkpoints,
+    make_mapped,
+)
+from deploy.bench.engine import Run
+from deploy.bench.report import Answer, Cell, Plot, Table, rounded, say
+from deploy.bench.rounds import (
+    GUIDED,
+    PLAIN,
+    UNGUIDED,
+    Round,
+    Rounds,
+    by_case,
+    curves,
+    gap_figures,
+    make_requests,
+    median,
+    plain_and_trimtab,
+    ratio,
+    require_guided,
+    runs_of,
+    same_tokens,
+    seconds,
+    take_turns,
+    tokens_per_second,
+)
+
+MAPPED = "trimtab guided, another vocabulary"
+CACHED = "transformers, KV caches"
+UNCACHED = "transformers, no caches"
+CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED, MAPPED, CACHED, UNCACHED)
+LARGEST_UNCACHED_BATCH = 16
+NETWORKS = {GUIDED: ("guiding",), MAPPED: ("mapped",)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_rounds(parser, 7)
+    add_batches(parser, (1, 4, 16))
+    add_dtype(parser)
+    parser.add_argument(
+        "--models",
+        choices=["105m", "7b"],
+        default="105m",
+        help="the target; 7b is for a GPU: Qwen2.5-7B's shape, with a network of 0.5B's",
+    )
+
+
+def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
+    say("making random checkpoints")
+    checkpoints = make_models(arguments, folder)
+    baseline = Baseline(checkpoints.target, checkpoints.networks["guiding"], arguments.dtype)
+    names = [name for name in CONFIGURATIONS if name != MAPPED or "mapped" in checkpoints.networks]
+    with plain_and_trimtab(checkpoints, folder) as (plain, trimtab):
+        runners = dict.fromkeys(names, trimtab.run) | {
+            PLAIN: plain.run,
+            CACHED: partial(baseline.run, cached=True),
+            UNCACHED: partial(baseline.run, cached=False),
+        }
+
+        def measure(name: str, batch_size: int, number: int) -> Run | None:
+            networks = NETWORKS.get(name, ())
+            tokens = arguments.tokens
+            if name == UNCACHED:
+                if batch_size > LARGEST_UNCACHED_BATCH or number > 1:
+                    return None
+                tokens = tokens if number else 2
+            return runners[name](make_requests(batch_size, tokens, number, *networks))
+
+        rounds = take_turns(arguments.batch_sizes, names, arguments.rounds, measure)
+        engine = trimtab.description
+    require_guided(rounds, NETWORKS.keys() & set(names), PLAIN)
+    return Answer(
+        tables=make_tables(rounds, names, 1 + checkpoints.share("guiding")),
+        plots=[make_plot(rounds, names)],
+        models=checkpoints.describe(),
+        engine=engine,
+        checks={"unguided_tokens_equal_plain": same_tokens(rounds, UNGUIDED, PLAIN)},
+        runs=runs_of(rounds, seconds=seconds, tokens_per_second=tokens_per_second),
+    )
+
+
+def make_models(arguments: argparse.Namespace, folder: Path) -> Checkpoints:
+    """Make one network that guides and one that is just resident; and one that is mapped."""
+    names = ("guiding", "resident")
+    if arguments.models == "7b":
+        return make_large_checkpoints(folder, arguments.dtype, names)
+    checkpoints = make_checkpoints(folder, arguments.dtype, names)
+    checkpoints.networks["mapped"] = make_mapped(folder, arguments.dtype)
+    return checkpoints
+
+
+def make_tables(rounds: Rounds[int, Run], names: Sequence[str], limit: float) -> list[Table]:
+    """Return the figures; `limit`: the arithmetic one of guided / plain."""
+    return [
+        Table(
+            "Tokens per second, all requests of a batch together",
+            by_case(rounds, names, lambda found, name: median(found, name, tokens_per_second)),
+        ),
+        Table(
+            "Milliseconds between two tokens of a stream, median / 99th percentile",
+            by_case(rounds, names, gap_figures),
+        ),
+        Table(
+            f"Time against {PLAIN}, and speed against transformers",
+            [{"batch": size, **ratios(found, limit)} for size, found in rounds.items()],
+        ),
+    ]
+
+
+def ratios(found: Sequence[Round[Run]], limit: float) -> dict[str, Cell]:
+    """Return those of one batch size (research.md, "Measures")."""
+    guided = ratio(found, GUIDED, PLAIN, seconds)
+    return {
+        "guided / plain": rounded(guided),
+        "limit": rounded(limit),
+        "efficiency": rounded(None if guided is None else (guided - 1) / (limit - 1), 2),
+        "unguided / plain": rounded(ratio(found, UNGUIDED, PLAIN, seconds)),
+        "another vocabulary / plain": rounded(ratio(found, MAPPED, PLAIN, seconds)),
+        "times as fast as cached": rounded(ratio(found, CACHED, GUIDED, seconds), 2),
+        "times as fast as uncached": rounded(ratio(found, UNCACHED, GUIDED, seconds), 1),
+    }
+
+
+def make_plot(rounds: Rounds[int, Run], names: Sequence[str]) -> Plot:
+    return Plot(
+        name="tokens-per-second",
+        title="Tokens per second, all requests together",
+        x="batch",
+        y="tokens per second",
+        curves=curves(rounds, names, lambda found, name: median(found, name, tokens_per_second)),
+        log_x=True,
+        log_y=True,
+    )

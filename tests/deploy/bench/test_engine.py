@@ -1,0 +1,83 @@
+"""The measured engine itself, over toy models."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from deploy.bench.checkpoints import Checkpoints, make_large_checkpoints
+from deploy.bench.engine import Engine, Request
+from deploy.bench.rounds import make_prompts
+from tests.deploy.bench.test_checkpoints import SMALLER, TOY
+
+SHORT, LONG = make_prompts(2, 6, "seed"), make_prompts(1, 90, "seed")[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    folder = tmp_path_factory.mktemp("dummy")
+    return make_large_checkpoints(folder, "float32", ["first", "second"], TOY, SMALLER)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with Engine(
+        checkpoints.target,
+        checkpoints.networks,
+        tmp_path_factory.mktemp("log") / "trimtab.log",
+        enforce_eager=True,
+        max_num_seqs=8,
+        logprobs_mode="processed_logprobs",
+        **checkpoints.engine_options,
+    ) as started:
+        yield started
+
+
+def test_options_reach_vllm_whose_target_may_have_no_weights(engine: Engine) -> None:
+    assert engine.description["max_num_seqs"] == 8
+    assert engine.description["dtype"] == "float32"
+
+
+def test_requests_of_one_batch_have_networks_lengths_and_tokens_of_their_own(
+    engine: Engine,
+) -> None:
+    requests = [
+        Request(SHORT[0], 8),
+        Request(SHORT[0], 6, ("first",)),
+        Request(SHORT[0], 6, ("second",)),
+        Request(LONG, 5, ("first", "second"), logprobs=3),
+    ]
+    run = engine.run(requests)
+    assert [len(stream.tokens) for stream in run.streams] == [8, 6, 6, 5]
+    assert len({tuple(stream.tokens[:6]) for stream in run.streams[:3]}) == 3
+    for request, stream in zip(requests, run.streams, strict=True):
+        assert engine.run([request]).tokens == [stream.tokens]
+    logprobs = run.streams[-1].logprobs
+    assert logprobs is not None and run.streams[0].logprobs is None
+    # Greedy, and guided: a sampled token is the likeliest by what comes back.
+    assert [max(found, key=lambda t: found[t]) for found in logprobs] == run.tokens[-1]
+
+
+def test_every_token_has_a_time_of_its_own(engine: Engine) -> None:
+    run = engine.run([Request(prompt, 10, ("first",)) for prompt in SHORT])
+    for stream in run.streams:
+        assert 0 <= stream.sent < stream.arrivals[0] == stream.sent + stream.time_to_first_token
+        assert len(stream.gaps) == 9 and all(gap > 0 for gap in stream.gaps)
+    assert run.seconds == max(stream.arrivals[-1] for stream in run.streams)
+    assert run.tokens_per_second == 20 / run.seconds
+
+
+def test_a_request_joins_when_the_others_have_so_many_tokens(engine: Engine) -> None:
+    first, second, joined = engine.run(
+        [*(Request(prompt, 12) for prompt in SHORT), Request(LONG, 1, joins_after=6)]
+    ).streams
+    assert max(first.arrivals[5], second.arrivals[5]) <= joined.sent < first.arrivals[-1]
+
+
+def resident(worker: Any, key: str) -> list[str]:
+    return [network["name"] for network in worker.trimtab_networks()[key]]
+
+
+def test_a_function_runs_in_the_worker(engine: Engine) -> None:
+    assert engine.call(resident, "networks") == ["first", "second"]
+    assert len(engine.call("trimtab_networks")["networks"]) == 2

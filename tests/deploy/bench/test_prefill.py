@@ -1,0 +1,40 @@
+import pytest
+
+from deploy.bench.prefill import FirstTokens, check_network_read, make_plot, make_tables
+from deploy.bench.rounds import GUIDED, PLAIN, UNGUIDED
+
+ROUND = {
+    PLAIN: FirstTokens(1.0, 0.1, 0, 0),
+    UNGUIDED: FirstTokens(1.0, 0.11, 0, 0),
+    GUIDED: FirstTokens(1.06, 0.12, 1024, 32),
+}
+
+
+def test_cold_and_warm_are_told_apart() -> None:
+    cold, warm, ratios = make_tables({1024: [ROUND]}, limit=1.055)
+    assert [row["1024 tokens"] for row in cold.rows] == [1000, 1000, 1060]
+    assert [row["1024 tokens"] for row in warm.rows] == pytest.approx([100, 110, 120])
+    (row,) = ratios.rows
+    assert row["guided / plain, cold"] == pytest.approx(1.06)
+    assert row["guided / plain, warm"] == pytest.approx(1.2)
+    assert row["unguided / plain, warm"] == pytest.approx(1.1)
+    assert make_plot({1024: [ROUND]}).curves[f"{GUIDED}, cold"] == [(1024, 1060)]
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        (GUIDED, [0, 0, 0]),  # not guided at all
+        (GUIDED, [500, 1524, 1524]),  # not when warm
+        (GUIDED, [0, 1000, 1010]),  # not the whole prompt
+        (UNGUIDED, [0, 1024, 1024]),
+    ],
+)
+def test_a_network_that_read_something_else_ends_the_run(name: str, read: list[int]) -> None:
+    with pytest.raises(SystemExit):
+        check_network_read(name, 1024, read)
+
+
+def test_a_network_that_read_the_prompt_and_then_its_end_is_right() -> None:
+    check_network_read(GUIDED, 1024, [500, 1524, 1556])
+    check_network_read(UNGUIDED, 1024, [500, 500, 500])

@@ -1,0 +1,43 @@
+import pytest
+
+from deploy.bench.engine import Run, Stream
+from deploy.bench.rounds import GUIDED, PLAIN, UNGUIDED
+from deploy.bench.stall import JOINED, QUIET, first_token, longest_gap, make_tables
+
+
+def joined(wait: float) -> Run:
+    """Four streams, the second of which waits; and the prompt that it waits for."""
+    steady = Stream([1, 2, 3], 0.0, [0.1, 0.2, 0.3])
+    waiting = Stream([1, 2, 3], 0.0, [0.1, 0.2, 0.2 + wait])
+    return Run([steady, waiting, steady, steady, Stream([1], 0.2, [0.2 + 2 * wait])])
+
+
+def test_the_longest_wait_is_that_of_a_running_stream() -> None:
+    run = joined(1.5)
+    assert longest_gap(run) == pytest.approx(1.5)
+    assert first_token(run) == pytest.approx(3.0)
+    assert first_token(Run(run.streams[:4])) is None
+
+
+def test_waits_are_compared_with_and_without_the_prompt() -> None:
+    rounds = {
+        QUIET: [{n: Run(joined(w).streams[:4]) for n, w in WAITS.items()}],
+        JOINED: [{n: joined(2 * w) for n, w in WAITS.items()}],
+    }
+    longest, against = make_tables(rounds, limit=1.05)
+    assert longest.rows[0] == {
+        "": PLAIN,
+        QUIET: pytest.approx(1000),
+        JOINED: pytest.approx(2000),
+        "first token of the long prompt": pytest.approx(4000),
+    }
+    assert against.rows[1] == {
+        "": GUIDED,
+        QUIET: pytest.approx(1.2),
+        JOINED: pytest.approx(1.2),
+        "first token of the long prompt": pytest.approx(1.2),
+        "limit": 1.05,
+    }
+
+
+WAITS = {PLAIN: 1.0, UNGUIDED: 1.0, GUIDED: 1.2}

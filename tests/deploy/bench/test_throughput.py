@@ -1,0 +1,43 @@
+import pytest
+
+from deploy.bench.rounds import GUIDED, PLAIN, UNGUIDED
+from deploy.bench.throughput import CACHED, CONFIGURATIONS, MAPPED, UNCACHED, make_plot, make_tables
+from tests.deploy.bench.runs import timed
+
+ROUND = {
+    PLAIN: timed(0.100),
+    UNGUIDED: timed(0.101),
+    GUIDED: timed(0.110),
+    MAPPED: timed(0.125),
+    CACHED: timed(0.220),
+}
+ROUNDS = {16: [{**ROUND, UNCACHED: timed(5.5)}, ROUND], 64: [ROUND]}
+
+
+def test_ratios_are_times_against_plain_and_speeds_against_transformers() -> None:
+    *_, table = make_tables(ROUNDS, CONFIGURATIONS, limit=1.05)
+    assert table.rows[0] == {
+        "batch": 16,
+        "guided / plain": pytest.approx(1.1),
+        "limit": 1.05,
+        "efficiency": pytest.approx(2.0),
+        "unguided / plain": pytest.approx(1.01),
+        "another vocabulary / plain": pytest.approx(1.25),
+        "times as fast as cached": pytest.approx(2.0),
+        "times as fast as uncached": pytest.approx(50.0),
+    }
+    assert table.rows[1]["times as fast as uncached"] is None
+
+
+def test_every_configuration_has_its_rate_and_the_time_between_tokens() -> None:
+    rates, gaps, _ = make_tables(ROUNDS, CONFIGURATIONS, limit=1.05)
+    assert [row[""] for row in rates.rows] == list(CONFIGURATIONS)
+    assert rates.rows[0]["batch 16"] == pytest.approx(40.0)
+    assert gaps.rows[0]["batch 16"] == "100.0 / 100.0"
+    assert rates.rows[-1]["batch 64"] is gaps.rows[-1]["batch 64"] is None
+
+
+def test_curves_run_over_the_batch_sizes() -> None:
+    drawn = make_plot(ROUNDS, CONFIGURATIONS).curves
+    assert [size for size, _ in drawn[GUIDED]] == [16, 64]
+    assert [size for size, _ in drawn[UNCACHED]] == [16]
