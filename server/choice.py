@@ -9,6 +9,7 @@ choice that did not pass the route's checks does not verify, on any of vLLM's en
 import hashlib
 import hmac
 import json
+from collections.abc import Mapping
 from typing import NamedTuple
 
 EXTRA_ARG = "trimtab"
@@ -66,6 +67,16 @@ def unseal(sealed: object, key: str) -> Choice:
     networks, failure_token_id, dynamic, floor, after, *rest = json.loads(payload)
     chosen = tuple(ChosenNetwork(*network) for network in networks)
     return Choice(chosen, failure_token_id, dynamic, floor, tuple(after), *rest)
+
+
+def carried(extra_args: Mapping[str, object] | None, key: str) -> Choice | None:
+    """Return the choice that a request carries in its `extra_args`; None: it is not guided.
+
+    Raises:
+        ValueError: a client filled the reserved key itself.
+    """
+    sealed = (extra_args or {}).get(EXTRA_ARG)
+    return None if sealed is None else unseal(sealed, key)
 
 
 def _signature(payload: str, key: str) -> str:

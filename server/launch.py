@@ -192,7 +192,6 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
     if current_platform.is_cpu() and args.kv_cache_memory_bytes is None:
         # vLLM would take most of the machine's memory.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GB))
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # it has another processor interface
 
     notes = [*_settle_compilation(args), *_note_precision(args)]
     keys = _take_keys(args)
@@ -277,6 +276,10 @@ def _refuse_flags(args: Namespace) -> None:
             bool(args.speculative_config or args.spec_method or args.spec_model),
             "draft tokens cannot be guided yet; leave it out",
         ),
+        "--enable-batch-sharded-sampling": (
+            bool(args.enable_batch_sharded_sampling),
+            "value networks need all rows of a batch in each worker; leave it out",
+        ),
         "--runner": (
             args.runner not in ("auto", "generate") or args.convert not in ("auto", "none"),
             "value networks steer generation; only --runner generate can be served",
@@ -309,10 +312,6 @@ def _refuse_flags(args: Namespace) -> None:
         "VLLM_USE_RUST_FRONTEND": (
             envs.VLLM_USE_RUST_FRONTEND,
             "the Rust frontend has no endpoint plugins; unset it",
-        ),
-        "VLLM_USE_V2_MODEL_RUNNER": (
-            envs.VLLM_USE_V2_MODEL_RUNNER is True,
-            "value networks run in the V1 model runner so far; unset it",
         ),
     }
     for flag, (given, reason) in unsupported.items():

@@ -142,7 +142,7 @@ def assign(
     """
     chosen: dict[ValueNetwork, list[_Member]] = {}
     for index, row in rows:
-        if not row.active:
+        if row.failed or not row.active:
             continue
         for ordinal, choice in enumerate(row.choice.networks):
             network = find(choice.name, choice.version)

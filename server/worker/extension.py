@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
-    from server.worker.processor import ValueGuidance
+    from server.worker.processor_v1 import V1Processor
+    from server.worker.processor_v2 import V2Processor
     from server.worker.residency import Residency
 
 logger = init_logger(__name__)
@@ -23,12 +24,13 @@ class ValueNetworkWorker:
     """Mixed into vLLM's worker class; `self` is that worker (`worker_extension_cls`)."""
 
     model_runner: Any
+    use_v2_model_runner: bool
 
     def trimtab_attach(self) -> Reply:
         """Start guiding requests; called by each API process before it says that it is ready."""
 
         def attach(residency: "Residency") -> Reply:
-            self._value_guidance().attach(self.model_runner)
+            self._processor().attach(self.model_runner)
             return residency.status()
 
         return self._answer(attach)
@@ -62,17 +64,22 @@ class ValueNetworkWorker:
 
     def _answer(self, ask: "Callable[[Residency], Reply]") -> Reply:
         try:
-            processor = self._value_guidance()
-            processor.guidance.collect()
-            return ask(processor.residency)
+            steering = self._processor().steering
+            steering.guidance.collect()
+            return ask(steering.residency)
         except Exception as error:
             logger.exception("a call about value networks failed")
             return {"error": f"{type(error).__name__}: {error}"}
 
-    def _value_guidance(self) -> "ValueGuidance":
-        from server.worker.processor import ValueGuidance
+    def _processor(self) -> "V1Processor | V2Processor":
+        from server.worker.processor_v1 import V1Processor
+        from server.worker.processor_v2 import V2Processor
 
-        for processor in self.model_runner.input_batch.logitsprocs.all:
-            if isinstance(processor, ValueGuidance):
+        if self.use_v2_model_runner:
+            processors = self.model_runner.sampler.logits_processors
+        else:
+            processors = self.model_runner.input_batch.logitsprocs.all
+        for processor in processors:
+            if isinstance(processor, (V1Processor, V2Processor)):
                 return processor
         raise RuntimeError("the trimtab logits processor is not loaded in this worker")

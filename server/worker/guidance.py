@@ -21,7 +21,7 @@ from server.worker.fused import FusedBatch
 from server.worker.network import Rows, Scores, ValueNetwork
 from server.worker.residency import Residency
 from server.worker.row import GuidedRow
-from server.worker.soundness import soundness
+from server.worker.soundness import NOT_FINITE, are_finite, soundness
 from value_models.combine import add_value_logits
 from value_models.explain import explain
 
@@ -288,7 +288,8 @@ class Guidance:
             except BaseException as error:  # whatever it is, it must not reach the engine
                 self._caught(network, error)
                 break
-            if not self._is_sound(network, scores):
+            if not are_finite(scores):
+                self.fail(NOT_FINITE, network)
                 break
             fused.add(places, torch.full_like(places, ordinal), scores.value, columns)
             if scores.distances is not None:

@@ -3,6 +3,7 @@
 from server.choice import Choice
 from server.token_bytes import TokenBytes
 from server.worker.controls import Control
+from server.worker.history import History
 from server.worker.network import ValueNetwork
 from server.worker.translation import TranslatedRow
 
@@ -11,6 +12,7 @@ class GuidedRow:
     """A guided request, for as long as it is in the batch.
 
     Attributes:
+        history: its tokens, as far as they have reached the host.
         slot: names the row's place in every table of the worker, while it is in the batch; the
             adapter gives it one.
         translations: the row as networks of another vocabulary read it.
@@ -21,19 +23,17 @@ class GuidedRow:
     def __init__(
         self,
         choice: Choice,
-        prompt_ids: list[int],
-        output_ids: list[int],
+        history: History,
         spelling: TokenBytes | None = None,
     ) -> None:
         self.choice = choice
+        self.history = history
         self.slot: int | None = None
         self.failed = False
         self.translations: dict[ValueNetwork, TranslatedRow] = {}
         self.control: Control | None = None
         if choice.after or choice.until_tokens is not None or choice.until_text is not None:
             self.control = Control(choice, spelling)
-        self._prompt_ids = prompt_ids
-        self._output_ids = output_ids  # vLLM's own list, which grows as tokens are sampled
 
     @property
     def active(self) -> bool:
@@ -52,21 +52,16 @@ class GuidedRow:
 
     def num_generated(self, length: int) -> int:
         """Return how many tokens of a history of `length` are generated; below 0 in a prompt."""
-        return length - len(self._prompt_ids)
+        return length - self.history.prompt_length
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Return the history's tokens from `start` to before `stop`, as far as the host knows."""
-        prompt_length = len(self._prompt_ids)
-        tokens = self._prompt_ids[start:stop]
-        if stop > prompt_length:
-            tokens += self._output_ids[max(0, start - prompt_length) : stop - prompt_length]
-        # Asynchronous scheduling holds the place of a token still on the device with -1.
-        return tokens[: tokens.index(-1)] if -1 in tokens else tokens
+        return self.history.tokens(start, stop)
 
     def generated(self, start: int, length: int, newest: int) -> list[int]:
         """Return the generated tokens from `start` on of a history of `length` that `newest` ends,
         which may not have reached the host otherwise."""
-        tokens = self.tokens(len(self._prompt_ids) + start, length - 1)
+        tokens = self.history.awaited(self.history.prompt_length + start, length - 1)
         return [*tokens, newest]
 
     def translation(self, network: ValueNetwork) -> TranslatedRow | None:
@@ -74,5 +69,5 @@ class GuidedRow:
         if network.translator is None:
             return None
         if network not in self.translations:
-            self.translations[network] = network.translator.follow(self.tokens)
+            self.translations[network] = network.translator.follow(self.history.awaited)
         return self.translations[network]

@@ -37,6 +37,15 @@ class Soundness(Protocol):
         """Have networks failed whose answers turned out not to be finite."""
 
 
+def are_finite(scores: Scores) -> bool:
+    """Whether all of them are; waits for the device."""
+    # A sum is finite only if every logit is: one pass, one number.
+    total = scores.value.sum(dtype=torch.float32)
+    if scores.distances is not None:
+        total = total + scores.distances.sum()
+    return bool(total.isfinite())
+
+
 class Immediate:
     """Knows at once: for devices that nobody has to wait for."""
 
@@ -44,11 +53,7 @@ class Immediate:
         self._fail = fail
 
     def admits(self, network: ValueNetwork, scores: Scores, rows: torch.Tensor) -> bool:
-        # A sum is finite only if every logit is: one pass, one number.
-        total = scores.value.sum(dtype=torch.float32)
-        if scores.distances is not None:
-            total = total + scores.distances.sum()
-        if total.isfinite():
+        if are_finite(scores):
             return True
         self._fail(NOT_FINITE, network)
         return False

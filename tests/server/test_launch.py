@@ -120,6 +120,7 @@ def test_other_plugins_still_load(target: str, monkeypatch: pytest.MonkeyPatch) 
         "--decode-context-parallel-size 2",
         "--prefill-context-parallel-size 2",
         '--speculative-config {"method":"ngram","num_speculative_tokens":2}',
+        "--enable-batch-sharded-sampling",
         "--runner pooling",
         "--worker-extension-cls theirs.Worker",
         "--skip-tokenizer-init",
@@ -132,14 +133,23 @@ def test_flags_that_cannot_be_honoured_are_refused(target: str, flags: str) -> N
     assert "cannot be honoured" in message and "\n" not in message
 
 
-@pytest.mark.parametrize(
-    "variable", ["VLLM_SERVER_DEV_MODE", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_RUST_FRONTEND"]
-)
+@pytest.mark.parametrize("variable", ["VLLM_SERVER_DEV_MODE", "VLLM_USE_RUST_FRONTEND"])
 def test_environments_that_cannot_be_honoured_are_refused(
     target: str, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, "1")
     assert refusal(target).startswith(f"{variable} cannot be honoured")
+
+
+@pytest.mark.parametrize("wanted", ["0", "1", None])
+def test_which_model_runner_is_vllms_or_the_users_choice(
+    target: str, wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", wanted)
+    prepare([target])
+    assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == wanted
 
 
 def test_a_flag_in_a_configuration_file_is_refused_too(target: str, tmp_path: Path) -> None:

@@ -44,26 +44,14 @@ class Ask:
         return {} if self.network is None else {self.network: self.scale} | self.also
 
 
-class GuidedEngine:
-    """vLLM's `LLM` with trimtab's plug points set, as `trimtab serve` sets them."""
+class Reference:
+    """What transformers says should have been sampled, of a target and its networks."""
 
-    def __init__(self, target: Path, networks: dict[str, Path], **options: Any) -> None:
-        settings = {
-            name: options.pop(name)
-            for name in ("value_memory_gb", "prefix_caching")
-            if name in options
-        }
-        settings |= {"sources": options.pop("sources", {}), "run_dir": options.pop("run_dir", None)}
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
-        fingerprint = tokenizer_fingerprint(tokenizer)
-        if settings["run_dir"] is not None:
-            (settings["run_dir"] / EXPLAIN).mkdir()
-            settings["token_bytes"] = settings["run_dir"] / "token-bytes"
-            tokens = Vocabulary.of(tokenizer).tokens
-            TokenBytes.write(settings["token_bytes"], tokens)
-            self.spelling = TokenBytes.load(settings["token_bytes"])
-            self.explanations = settings["run_dir"] / EXPLAIN
-        Settings(networks=networks, key=KEY, tokenizer_fingerprint=fingerprint, **settings).export()
+    def __init__(
+        self, target: Path, networks: dict[str, Path], spelling: TokenBytes | None = None
+    ) -> None:
+        """`spelling`: of the target's tokens, for requests that end guidance at a text."""
+        fingerprint = tokenizer_fingerprint(PreTrainedTokenizerFast.from_pretrained(target))
         folders = {name: check_network(path, name) for name, path in networks.items()}
         self.versions = {name: folder.version for name, folder in folders.items()}
         self.mapped = {
@@ -71,81 +59,11 @@ class GuidedEngine:
             for name, folder in folders.items()
             if folder.manifest.tokenizer_fingerprint != fingerprint
         }
+        self.spelling = spelling
         self.target = _load(target)
         self.networks = {name: _load_network(path) for name, path in networks.items()}
         # The last id is made the failure token; `_load`ed models mask it in the same way.
         self.failure_token_id = self.target.config.vocab_size - 1
-        self.llm = LLM(
-            str(target),
-            dtype="float32",
-            logits_processors=["server.worker.processor:ValueGuidance"],
-            worker_extension_cls="server.worker.extension.ValueNetworkWorker",
-            **{"enforce_eager": True, **options},
-        )
-        self.call("attach")
-
-    def call(self, method: str, *args: Any) -> dict[str, Any]:
-        """Ask all workers, which must answer alike, but for times and the pace of a load."""
-        replies: list[dict[str, Any]] = self.llm.collective_rpc(f"trimtab_{method}", args=args)
-        assert not any("error" in reply for reply in replies), replies
-        states = [reply.get("state", reply.get("refused")) for reply in replies]
-        if method == "advance" and set(states) == {"building", "built"}:
-            return replies[states.index("building")]
-        assert len(set(states)) == 1, states
-        return replies[0]
-
-    def status(self) -> dict[str, dict[str, Any]]:
-        return {network["name"]: network for network in self.call("networks")["networks"]}
-
-    def begin(self, name: str, folder: Path, **changes: Any) -> dict[str, Any]:
-        """Ask for the memory of a load, whose id is the name."""
-        checked = check_network(folder, name)
-        load = {
-            "id": name,
-            "name": name,
-            "source": folder.name,
-            "owner": "test",
-            "models": [
-                {
-                    "role": model.role,
-                    "num_parameters": model.num_parameters,
-                    "kv_shape": list(model.kv_shape),
-                    "vocab_size": model.vocab_size,
-                    "max_context": model.max_context,
-                }
-                for model in checked.models
-            ],
-            "vocab_size": checked.vocab_size,
-            "max_context": checked.max_context,
-            "mapped": False,
-            "supersede": True,
-        }
-        return self.call("begin", load | changes)
-
-    def load(self, name: str, folder: Path, mapped: bool = False) -> Iterator[None]:
-        """Load a network as an API process would; each `next` is one call."""
-        version = check_network(folder, name).version
-        assert "refused" not in self.begin(name, folder, mapped=mapped)
-        yield
-        state = self.call("build", name, version, str(folder), False)["state"]
-        yield
-        while state == "building":
-            reply = self.call("advance", name)
-            state = reply["state"]
-            yield
-        if state == "built":
-            state = "warming"
-        while state == "warming":
-            reply = self.call("warm_up", name)
-            state = reply["state"]
-            yield
-        assert state in ("prepared", "ready"), reply
-        self.call("commit", name)
-        self.versions[name] = version
-        self.networks[name] = _load_network(folder)
-
-    def load_reference(self, folder: Path) -> "ReferenceNetwork":
-        return _load_network(folder)
 
     def params(self, ask: Ask) -> SamplingParams:
         options: dict[str, Any] = {
@@ -160,14 +78,6 @@ class GuidedEngine:
             options["extra_args"] = {EXTRA_ARG: seal(choice, KEY)}
             options["stop_token_ids"] = [self.failure_token_id]
         return SamplingParams(**options)
-
-    def run(self, asks: Sequence[Ask]) -> list[RequestOutput]:
-        """Run all requests together."""
-        return self.llm.generate(
-            [{"prompt_token_ids": ask.prompt} for ask in asks],
-            [self.params(ask) for ask in asks],
-            use_tqdm=False,
-        )
 
     @torch.no_grad()
     def reference_logits(self, ask: Ask, sampled: Sequence[int]) -> torch.Tensor:
@@ -247,7 +157,10 @@ class GuidedEngine:
         until_tokens, until_text = (ask.choice.get(k) for k in ("until_tokens", "until_text"))
         if until_tokens is not None and len(guided) >= until_tokens:
             return False
-        return until_text is None or until_text.encode() not in self.spelling.text(guided)
+        if until_text is None:
+            return True
+        assert self.spelling is not None
+        return until_text.encode() not in self.spelling.text(guided)
 
     def assert_exact(self, asks: Sequence[Ask], outputs: Sequence[RequestOutput]) -> None:
         """Every sampled token is the argmax of the reference, given those before it."""
@@ -260,6 +173,109 @@ class GuidedEngine:
                 wrong += [(p, d, ask) for p, d in enumerate(behind.tolist()) if d]
         assert not wrong, "\n".join(
             f"token {position} is {behind:.3g} behind: {ask}" for position, behind, ask in wrong
+        )
+
+
+class GuidedEngine(Reference):
+    """vLLM's `LLM` with trimtab's plug points set, as `trimtab serve` sets them."""
+
+    def __init__(self, target: Path, networks: dict[str, Path], **options: Any) -> None:
+        settings = {
+            name: options.pop(name)
+            for name in ("value_memory_gb", "prefix_caching")
+            if name in options
+        }
+        settings |= {"sources": options.pop("sources", {}), "run_dir": options.pop("run_dir", None)}
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(target)
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        spelling = None
+        if settings["run_dir"] is not None:
+            (settings["run_dir"] / EXPLAIN).mkdir()
+            settings["token_bytes"] = settings["run_dir"] / "token-bytes"
+            tokens = Vocabulary.of(tokenizer).tokens
+            TokenBytes.write(settings["token_bytes"], tokens)
+            spelling = TokenBytes.load(settings["token_bytes"])
+            self.explanations = settings["run_dir"] / EXPLAIN
+        Settings(networks=networks, key=KEY, tokenizer_fingerprint=fingerprint, **settings).export()
+        super().__init__(target, networks, spelling)
+        self.llm = LLM(
+            str(target),
+            dtype="float32",
+            logits_processors=["server.worker.processor:ValueGuidance"],
+            worker_extension_cls="server.worker.extension.ValueNetworkWorker",
+            **{"enforce_eager": True, **options},
+        )
+        self.call("attach")
+
+    def call(self, method: str, *args: Any) -> dict[str, Any]:
+        """Ask all workers, which must answer alike, but for times and the pace of a load."""
+        replies: list[dict[str, Any]] = self.llm.collective_rpc(f"trimtab_{method}", args=args)
+        assert not any("error" in reply for reply in replies), replies
+        states = [reply.get("state", reply.get("refused")) for reply in replies]
+        if method == "advance" and set(states) == {"building", "built"}:
+            return replies[states.index("building")]
+        assert len(set(states)) == 1, states
+        return replies[0]
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        return {network["name"]: network for network in self.call("networks")["networks"]}
+
+    def begin(self, name: str, folder: Path, **changes: Any) -> dict[str, Any]:
+        """Ask for the memory of a load, whose id is the name."""
+        checked = check_network(folder, name)
+        load = {
+            "id": name,
+            "name": name,
+            "source": folder.name,
+            "owner": "test",
+            "models": [
+                {
+                    "role": model.role,
+                    "num_parameters": model.num_parameters,
+                    "kv_shape": list(model.kv_shape),
+                    "vocab_size": model.vocab_size,
+                    "max_context": model.max_context,
+                }
+                for model in checked.models
+            ],
+            "vocab_size": checked.vocab_size,
+            "max_context": checked.max_context,
+            "mapped": False,
+            "supersede": True,
+        }
+        return self.call("begin", load | changes)
+
+    def load(self, name: str, folder: Path, mapped: bool = False) -> Iterator[None]:
+        """Load a network as an API process would; each `next` is one call."""
+        version = check_network(folder, name).version
+        assert "refused" not in self.begin(name, folder, mapped=mapped)
+        yield
+        state = self.call("build", name, version, str(folder), False)["state"]
+        yield
+        while state == "building":
+            reply = self.call("advance", name)
+            state = reply["state"]
+            yield
+        if state == "built":
+            state = "warming"
+        while state == "warming":
+            reply = self.call("warm_up", name)
+            state = reply["state"]
+            yield
+        assert state in ("prepared", "ready"), reply
+        self.call("commit", name)
+        self.versions[name] = version
+        self.networks[name] = _load_network(folder)
+
+    def load_reference(self, folder: Path) -> "ReferenceNetwork":
+        return _load_network(folder)
+
+    def run(self, asks: Sequence[Ask]) -> list[RequestOutput]:
+        """Run all requests together."""
+        return self.llm.generate(
+            [{"prompt_token_ids": ask.prompt} for ask in asks],
+            [self.params(ask) for ask in asks],
+            use_tqdm=False,
         )
 
 

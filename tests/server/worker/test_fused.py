@@ -7,6 +7,7 @@ from server.choice import Choice, ChosenNetwork
 from server.worker import fused as module
 from server.worker.assignment import FusedRows
 from server.worker.fused import FusedBatch
+from server.worker.history import ListedHistory
 from server.worker.row import GuidedRow
 from value_models.fusion import Fusion, solve_weights
 
@@ -44,7 +45,7 @@ def test_a_floor_leaves_rows_alone_that_are_not_guided_yet() -> None:
     """They are there to be explained only; the target's logits come out to the last bit."""
     networks = (ChosenNetwork("qa", "1", 1.0),)
     waiting = Choice(networks, 49, floor=0.05, after=(3,), explain="file")
-    rows = FusedRows.of([(0, GuidedRow(waiting, [1, 2], []))], CPU)
+    rows = FusedRows.of([(0, GuidedRow(waiting, ListedHistory([1, 2], [])))], CPU)
     torch.manual_seed(1)
     target = torch.randn(1, 5000) * 3
     guided = rows.take(target).guide(rows.scales, rows.dynamic, rows.floor)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from server.choice import Choice, ChosenNetwork
 from server.worker.guidance import SCORED_AT_ONCE, Batch, Guidance
+from server.worker.history import ListedHistory
 from server.worker.network import ValueNetwork
 from server.worker.residency import Residency
 from server.worker.row import GuidedRow
@@ -57,7 +58,7 @@ def chosen(worker: Residency, *names: str, **choice: Any) -> tuple[Choice, list[
 
 def guided(worker: Residency, choice: Choice, prompt: list[int]) -> tuple[Guidance, GuidedRow]:
     guidance = Guidance(worker, torch.device("cpu"), None)
-    row = GuidedRow(choice, prompt, [])
+    row = GuidedRow(choice, ListedHistory(prompt, []))
     row.slot = 0
     guidance.arrange({0: row})
     return guidance, row
@@ -178,7 +179,10 @@ def test_rows_that_cannot_be_fused_fail_alone(
     floored, networks = chosen(worker, "first", floor=0.01)
     plain, _ = chosen(worker, "first")
     guidance = Guidance(worker, torch.device("cpu"), None)
-    rows = {0: GuidedRow(floored, prompt, []), 1: GuidedRow(plain, prompt, [])}
+    rows = {
+        0: GuidedRow(floored, ListedHistory(prompt, [])),
+        1: GuidedRow(plain, ListedHistory(prompt, [])),
+    }
     for slot, row in rows.items():
         row.slot = slot
     guidance.arrange(rows)
