@@ -93,8 +93,14 @@ class Checkpoints(NamedTuple):
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """What vLLM must be told to load the target."""
-        return {} if (self.target / WEIGHTS).exists() else {"load_format": "dummy"}
+        """What vLLM must be told to load the target; by itself it makes bfloat16 of float32."""
+        dummy = {} if self.has_weights else {"load_format": "dummy"}
+        return {"dtype": self.dtype, **dummy}
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the target has any of its own."""
+        return (self.target / WEIGHTS).exists()
 
     def share(self, network: str) -> float:
         """The parameters of a network for each of the target."""
@@ -105,7 +111,7 @@ class Checkpoints(NamedTuple):
         return {
             "dtype": self.dtype,
             "target_parameters": num_parameters(self.target),
-            "target_weights": "made up by vLLM" if self.engine_options else "random",
+            "target_weights": "random" if self.has_weights else "made up by vLLM",
             "networks": len(self.networks),
             "network_parameters": sorted(set(map(num_parameters, self.networks.values()))),
             "vocab_size": AutoConfig.from_pretrained(self.target).vocab_size,

@@ -206,6 +206,7 @@ def _run(
         try:
             message = pipe.recv()
         except EOFError:
+            served.shut_down()
             return
         pipe.send(served.run(message) if isinstance(message, list) else served.call(*message))
 
@@ -251,6 +252,9 @@ class _Served:
             "prefix_caching": config.cache_config.enable_prefix_caching,
             "v2_model_runner": config.use_v2_model_runner,
         }
+
+    def shut_down(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
 
     def call(self, function: str | Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return self._llm.collective_rpc(function, args=arguments)[0]

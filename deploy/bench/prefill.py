@@ -76,7 +76,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
             return FirstTokens(*taken, read[1] - read[0], read[2] - read[1])
 
         rounds = take_turns(arguments.lengths, CONFIGURATIONS, arguments.rounds, measure)
-        engine = trimtab.description
+        engine = {"plain": plain.description, "trimtab": trimtab.description}
     return Answer(
         tables=make_tables(rounds, 1 + checkpoints.share("guiding")),
         plots=[make_plot(rounds)],

@@ -45,7 +45,7 @@ class Answer:
     Attributes:
         tables: the figures.
         models: what was run; `Checkpoints.describe`.
-        engine: how it was run; `Engine.description`.
+        engine: how it was run; `Engine.description`, or several of them by name.
         checks: that the runs did what they are thought to have done.
         runs: round by round.
         failed: why the figures are not to be trusted, or not good enough.
