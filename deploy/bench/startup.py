@@ -1,6 +1,6 @@
 """Start-up time and memory of servers, and the time to load one more network.
 
-`vllm serve` at its defaults, and `trimtab serve` with 1, 8 and 64 networks in its store, each
+vLLM's server at its defaults, and `trimtab serve` with 1, 8 and 64 networks in its store, each
 started anew in every round, one at a time: seconds until /health answers, the memory of its worker
 process then, and seconds for one network more to be loaded over the management API. The first round
 compiles and is not kept.
@@ -90,7 +90,8 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
 
 
 def start_plain(target: Path, flags: Sequence[str], place: Path) -> Started:
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(target)]
+    # The command `vllm` looks for a package of that name, which its CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)]
     with running(command, flags, place) as (_, seconds, process):
         return Started(seconds, *memory_of(process))
 
