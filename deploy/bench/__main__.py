@@ -23,8 +23,11 @@ PROGRAM = "python -m deploy.bench"
 def main() -> None:
     arguments = make_parser().parse_args()
     if arguments.question == "show":
-        for file in arguments.files:
-            report.show(report.read(file))
+        try:
+            for file in arguments.files:
+                report.show(report.read(file))
+        except (OSError, ValueError) as error:
+            sys.exit(str(error))
         return
     # A plain end would leave the engines behind, stopped and holding their memory.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

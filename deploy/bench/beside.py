@@ -78,7 +78,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
             return trimtab.run(requests)
 
         rounds = take_turns(arguments.batch_sizes, [PLAIN, *MIXES], arguments.rounds, measure)
-        engine = trimtab.description
+        engine = {"plain": plain.description, "trimtab": trimtab.description}
     require_guided(rounds, [name for name in MIXES if name != UNGUIDED], PLAIN)
     unguided = unguided_rows(rounds)
     return Answer(

@@ -93,14 +93,13 @@ class Checkpoints(NamedTuple):
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """What vLLM must be told to run the target as it is."""
-        # vLLM's default dtype rounds a float32 checkpoint to bfloat16.
-        dtype = {"dtype": self.dtype} if self.dtype == "float32" else {}
-        return dtype | ({} if self.has_weights else {"load_format": "dummy"})
+        """What vLLM must be told to load the target; by itself it makes bfloat16 of float32."""
+        dummy = {} if self.has_weights else {"load_format": "dummy"}
+        return {"dtype": self.dtype, **dummy}
 
     @property
     def has_weights(self) -> bool:
-        """Whether vLLM must not make up the target's weights."""
+        """Whether the target has any of its own."""
         return (self.target / WEIGHTS).exists()
 
     def share(self, network: str) -> float:

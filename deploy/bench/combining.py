@@ -86,12 +86,8 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     checkpoints = make_checkpoints(folder, arguments.dtype, ["first", "second"])
     checkpoints.networks["pair"] = make_pair(folder, arguments.dtype)
     say("starting vLLM with trimtab (it compiles the target and the networks at first)")
-    with Engine(
-        checkpoints.target,
-        checkpoints.networks,
-        folder / "trimtab.log",
-        **checkpoints.engine_options,
-    ) as engine:
+    log, options = folder / "trimtab.log", checkpoints.engine_options
+    with Engine(checkpoints.target, checkpoints.networks, log, **options) as engine:
 
         def measure(name: str, batch_size: int, number: int) -> Run:
             networks, choice = CONFIGURATIONS[name]

@@ -125,13 +125,17 @@ class Engine:
             raise
         self._signal(signal.SIGSTOP)
 
-    def run(self, requests: Sequence[Request]) -> Run:
+    def run(self, requests: Sequence[Request], warm: bool = False) -> Run:
         """Send requests, all together but for `joins_after`, and take their tokens.
+
+        Args:
+            warm: let the target find prefixes that earlier runs have read. What is compared often
+                has the same prompts on one engine.
 
         Raises:
             RuntimeError: one ended early, because its network failed.
         """
-        run: Run = self._ask(list(requests))
+        run: Run = self._ask("run", list(requests), warm)
         for request, stream in zip(requests, run.streams, strict=True):
             if len(stream.tokens) != request.num_tokens:
                 raise RuntimeError(f"a request ended early; see {self._log}")
@@ -146,7 +150,7 @@ class Engine:
         Returns:
             The first worker's reply.
         """
-        return self._ask((function, arguments))
+        return self._ask("call", function, arguments)
 
     def __enter__(self) -> "Engine":
         return self
@@ -168,9 +172,10 @@ class Engine:
         with contextlib.suppress(ProcessLookupError):
             self._signal(signal.SIGKILL)
 
-    def _ask(self, message: Any) -> Any:
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method of `_Served`."""
         self._signal(signal.SIGCONT)
-        self._pipe.send(message)
+        self._pipe.send((method, arguments))
         reply = self._receive()
         self._signal(signal.SIGSTOP)
         return reply
@@ -204,10 +209,11 @@ def _run(
     pipe.send(served.description)
     while True:
         try:
-            message = pipe.recv()
+            method, arguments = pipe.recv()
         except EOFError:
+            served.shut_down()
             return
-        pipe.send(served.run(message) if isinstance(message, list) else served.call(*message))
+        pipe.send(getattr(served, method)(*arguments))
 
 
 class _Served:
@@ -252,12 +258,17 @@ class _Served:
             "v2_model_runner": config.use_v2_model_runner,
         }
 
+    def shut_down(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
     def call(self, function: str | Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return self._llm.collective_rpc(function, args=arguments)[0]
 
-    def run(self, requests: Sequence[Request]) -> Run:
+    def run(self, requests: Sequence[Request], warm: bool) -> Run:
         """Do what `LLM.generate` does, and note when each token arrives."""
         engine = self._llm.llm_engine
+        if not warm and not engine.reset_prefix_cache():
+            raise RuntimeError("the prefix cache is in use, though nothing runs")
         numbers = itertools.islice(self._numbers, len(requests))
         waiting = deque(zip(map(str, numbers), requests, map(self._params, requests), strict=True))
         streams: dict[str, Stream] = {}

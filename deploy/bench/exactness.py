@@ -74,6 +74,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     }
     say("starting vLLM with trimtab")
     options = {"logprobs_mode": "processed_logprobs", "max_logprobs": LOGPROBS}
+    options |= checkpoints.engine_options
     log = folder / "trimtab.log"
     with Engine(checkpoints.target, checkpoints.networks, log, **options) as engine:
         streams = iter(engine.run([r for each in requests.values() for r in each]).streams)

@@ -74,7 +74,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
 
         configurations = [PLAIN, ALONE, *spread]
         rounds = take_turns(arguments.batch_sizes, configurations, arguments.rounds, measure)
-        engine = trimtab.description
+        engine = {"plain": plain.description, "trimtab": trimtab.description}
     require_guided(rounds, [ALONE, *spread], PLAIN)
     together = next(iter(spread))
     return Answer(

@@ -68,15 +68,15 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
             networks = ("guiding",) if name == GUIDED else ()
             requests = make_requests(1, 1, f"fresh {next(fresh)}", *networks, length=length)
             read, taken = [tokens_read(engine)] if name != PLAIN else [0], []
-            for _ in ("cold", "warm"):
-                (stream,) = engine.run(requests).streams
+            for warm in (False, True):
+                (stream,) = engine.run(requests, warm).streams
                 taken.append(stream.time_to_first_token)
                 read.append(tokens_read(engine) if name != PLAIN else 0)
             check_network_read(name, length, read)
             return FirstTokens(*taken, read[1] - read[0], read[2] - read[1])
 
         rounds = take_turns(arguments.lengths, CONFIGURATIONS, arguments.rounds, measure)
-        engine = trimtab.description
+        engine = {"plain": plain.description, "trimtab": trimtab.description}
     return Answer(
         tables=make_tables(rounds, 1 + checkpoints.share("guiding")),
         plots=[make_plot(rounds)],

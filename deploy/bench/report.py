@@ -45,7 +45,7 @@ class Answer:
     Attributes:
         tables: the figures.
         models: what was run; `Checkpoints.describe`.
-        engine: how it was run; `Engine.description`.
+        engine: how it was run; `Engine.description`, or several of them by name.
         checks: that the runs did what they are thought to have done.
         runs: round by round.
         failed: why the figures are not to be trusted, or not good enough.
@@ -103,11 +103,12 @@ def show(found: dict[str, Any]) -> None:
     for fields in found["tables"]:
         table = Table(**fields)
         columns = list(dict.fromkeys(column for row in table.rows for column in row))
-        printed = PrintedTable(title=table.title, title_justify="left")
+        printed = PrintedTable()
         for number, column in enumerate(columns):
             printed.add_column(column, justify="right" if number else "left")
         for row in table.rows:
             printed.add_row(*(_cell(row.get(column)) for column in columns))
+        console.print(f"\n{table.title}", style="bold", highlight=False)
         console.print(printed)
     for part in ("models", "checks"):
         if found[part]:

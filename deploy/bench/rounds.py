@@ -202,6 +202,9 @@ def make_prompts(batch_size: int, length: int, seed: object) -> list[list[int]]:
 def make_requests(
     batch_size: int, num_tokens: int, seed: object, *networks: str, length: int = 32
 ) -> list[Request]:
-    """Return requests of `make_prompts`, guided by `networks` or by nothing."""
+    """Return requests of `make_prompts`, guided by `networks` or by nothing.
+
+    Prompts of 32 tokens leave no block in a network's KV cache that a later run could use again.
+    """
     prompts = make_prompts(batch_size, length, seed)
     return [Request(prompt, num_tokens, networks) for prompt in prompts]

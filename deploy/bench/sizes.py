@@ -65,7 +65,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
             return (plain if name == PLAIN else trimtab).run(requests)
 
         rounds = take_turns(arguments.batch_sizes, names, arguments.rounds, measure)
-        engine = trimtab.description
+        engine = {"plain": plain.description, "trimtab": trimtab.description}
     require_guided(rounds, networks, PLAIN)
     shares = {name: checkpoints.share(name) for name in networks}
     return Answer(

@@ -60,7 +60,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
             return (plain if name == PLAIN else trimtab).run(requests)
 
         rounds = take_turns([QUIET, JOINED], CONFIGURATIONS, arguments.rounds, measure)
-        engine = trimtab.description
+        engine = {"plain": plain.description, "trimtab": trimtab.description}
     require_guided(rounds, [GUIDED], PLAIN)
     return Answer(
         tables=make_tables(rounds, 1 + checkpoints.share("guiding")),

@@ -1,6 +1,6 @@
 """Start-up time and memory of servers, and the time to load one more network.
 
-`vllm serve` at its defaults, and `trimtab serve` with 1, 8 and 64 networks in its store, each
+vLLM's server at its defaults, and `trimtab serve` with 1, 8 and 64 networks in its store, each
 started anew in every round, one at a time: seconds until /health answers, the memory of its worker
 process then, and seconds for one network more to be loaded over the management API. The first round
 compiles and is not kept.
@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
     names = [f"network-{number}" for number in range(max(arguments.networks))]
     checkpoints = make_checkpoints(folder, arguments.dtype, [*names, LATE])
+    target, flags = checkpoints.target, ("--dtype", arguments.dtype)
     counts = {f"trimtab, networks: {count}": count for count in arguments.networks}
 
     def measure(name: str, case: str, number: int) -> Started:
@@ -69,9 +70,9 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
         place.mkdir()
         try:
             if name == PLAIN:
-                return start_plain(checkpoints.target, place)
+                return start_plain(target, flags, place)
             stored = {network: checkpoints.networks[network] for network in names[: counts[name]]}
-            return start_trimtab(checkpoints.target, stored, checkpoints.networks[LATE], place)
+            return start_trimtab(target, stored, checkpoints.networks[LATE], flags, place)
         finally:
             shutil.rmtree(place)
 
@@ -88,19 +89,22 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     )
 
 
-def start_plain(target: Path, place: Path) -> Started:
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(target)]
-    with running(command, place) as (_, seconds, process):
+def start_plain(target: Path, flags: Sequence[str], place: Path) -> Started:
+    # The command `vllm` looks for a package of that name, which its CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)]
+    with running(command, flags, place) as (_, seconds, process):
         return Started(seconds, *memory_of(process))
 
 
-def start_trimtab(target: Path, stored: dict[str, Path], late: Path, place: Path) -> Started:
+def start_trimtab(
+    target: Path, stored: dict[str, Path], late: Path, flags: Sequence[str], place: Path
+) -> Started:
     store = place / "store"
     for name, network in stored.items():
         shutil.copytree(network, store / name, copy_function=os.link)
     command = trimtab("serve", target, "--value-network-dir", store)
     command += ["--state-file", str(place / "state.json")]
-    with running(command, place) as (url, seconds, process):
+    with running(command, flags, place) as (url, seconds, process):
         rss, pss = memory_of(process)
         with httpx.Client(base_url=url, timeout=120) as client:
             operator = Operator(client)
@@ -118,7 +122,9 @@ def start_trimtab(target: Path, stored: dict[str, Path], late: Path, place: Path
 
 
 @contextlib.contextmanager
-def running(command: list[str], place: Path) -> Iterator[tuple[str, float, psutil.Process]]:
+def running(
+    command: list[str], flags: Sequence[str], place: Path
+) -> Iterator[tuple[str, float, psutil.Process]]:
     """Run a server until it is ready. Yields its address, the seconds that it took, and itself.
 
     Raises:
@@ -130,7 +136,7 @@ def running(command: list[str], place: Path) -> Iterator[tuple[str, float, psuti
     start = time.perf_counter()
     with log.open("w") as file:
         server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [*command, *flags, "--host", "127.0.0.1", "--port", str(port)],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,

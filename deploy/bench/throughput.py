@@ -46,6 +46,8 @@ CACHED = "transformers, KV caches"
 UNCACHED = "transformers, no caches"
 CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED, MAPPED, CACHED, UNCACHED)
 LARGEST_UNCACHED_BATCH = 16
+VALUE_MEMORY_GB = {"105m": 2.0, "7b": 6.0}
+"""By target; two networks of 0.5 B parameters and their KV caches need more than the default."""
 NETWORKS = {GUIDED: ("guiding",), MAPPED: ("mapped",)}
 
 
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser)
     parser.add_argument(
         "--models",
-        choices=["105m", "7b"],
+        choices=VALUE_MEMORY_GB,
         default="105m",
         help="the target; 7b is for a GPU: Qwen2.5-7B's shape, with a network of 0.5B's",
     )
@@ -66,7 +68,8 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     checkpoints = make_models(arguments, folder)
     baseline = Baseline(checkpoints.target, checkpoints.networks["guiding"], arguments.dtype)
     names = [name for name in CONFIGURATIONS if name != MAPPED or "mapped" in checkpoints.networks]
-    with plain_and_trimtab(checkpoints, folder) as (plain, trimtab):
+    memory = VALUE_MEMORY_GB[arguments.models]
+    with plain_and_trimtab(checkpoints, folder, value_memory_gb=memory) as (plain, trimtab):
         runners = dict.fromkeys(names, trimtab.run) | {
             PLAIN: plain.run,
             CACHED: partial(baseline.run, cached=True),
@@ -83,7 +86,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
             return runners[name](make_requests(batch_size, tokens, number, *networks))
 
         rounds = take_turns(arguments.batch_sizes, names, arguments.rounds, measure)
-        engine = trimtab.description
+        engine = {"plain": plain.description, "trimtab": trimtab.description}
     require_guided(rounds, NETWORKS.keys() & set(names), PLAIN)
     return Answer(
         tables=make_tables(rounds, names, 1 + checkpoints.share("guiding")),

@@ -65,7 +65,7 @@ def test_a_dummy_target_is_a_configuration_and_a_tokenizer(toy: Checkpoints) -> 
     config = AutoConfig.from_pretrained(toy.target)
     assert (config.architectures, config.dtype) == (["Qwen2ForCausalLM"], torch.bfloat16)
     assert (toy.target / "tokenizer.json").exists()
-    assert toy.engine_options == {"load_format": "dummy"}
+    assert toy.engine_options == {"dtype": "bfloat16", "load_format": "dummy"}
 
 
 def test_parameters_are_counted_with_weights_and_without(toy: Checkpoints) -> None:
