@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_batches(parser, (1, 4, 16))
     add_dtype(parser)
     parser.add_argument(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure transformers beside",
+    )
+    parser.add_argument(
         "--models",
         choices=VALUE_MEMORY_GB,
         default="105m",
@@ -66,15 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
     checkpoints = make_models(arguments, folder)
-    baseline = Baseline(checkpoints.target, checkpoints.networks["guiding"], arguments.dtype)
-    names = [name for name in CONFIGURATIONS if name != MAPPED or "mapped" in checkpoints.networks]
+    names = configurations(checkpoints, arguments.peers)
     memory = VALUE_MEMORY_GB[arguments.models]
     with plain_and_trimtab(checkpoints, folder, value_memory_gb=memory) as (plain, trimtab):
-        runners = dict.fromkeys(names, trimtab.run) | {
-            PLAIN: plain.run,
-            CACHED: partial(baseline.run, cached=True),
-            UNCACHED: partial(baseline.run, cached=False),
-        }
+        runners = dict.fromkeys(names, trimtab.run) | {PLAIN: plain.run}
+        if arguments.peers:
+            network = checkpoints.networks["guiding"]
+            baseline = Baseline(checkpoints.target, network, arguments.dtype)
+            runners[CACHED] = partial(baseline.run, cached=True)
+            runners[UNCACHED] = partial(baseline.run, cached=False)
 
         def measure(name: str, batch_size: int, number: int) -> Run | None:
             networks = NETWORKS.get(name, ())
@@ -96,6 +102,14 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
         checks={"unguided_tokens_equal_plain": same_tokens(rounds, UNGUIDED, PLAIN)},
         runs=runs_of(rounds, seconds=seconds, tokens_per_second=tokens_per_second),
     )
+
+
+def configurations(checkpoints: Checkpoints, peers: bool) -> list[str]:
+    """Return what is measured; `peers`: transformers too."""
+    left_out = set() if "mapped" in checkpoints.networks else {MAPPED}
+    if not peers:
+        left_out |= {CACHED, UNCACHED}
+    return [name for name in CONFIGURATIONS if name not in left_out]
 
 
 def make_models(arguments: argparse.Namespace, folder: Path) -> Checkpoints:

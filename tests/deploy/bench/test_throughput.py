@@ -1,7 +1,18 @@
+from pathlib import Path
+
 import pytest
 
+from deploy.bench.checkpoints import Checkpoints
 from deploy.bench.rounds import GUIDED, PLAIN, UNGUIDED
-from deploy.bench.throughput import CACHED, CONFIGURATIONS, MAPPED, UNCACHED, make_plot, make_tables
+from deploy.bench.throughput import (
+    CACHED,
+    CONFIGURATIONS,
+    MAPPED,
+    UNCACHED,
+    configurations,
+    make_plot,
+    make_tables,
+)
 from tests.deploy.bench.runs import timed
 
 ROUND = {
@@ -41,3 +52,19 @@ def test_curves_run_over_the_batch_sizes() -> None:
     drawn = make_plot(ROUNDS, CONFIGURATIONS).curves
     assert [size for size, _ in drawn[GUIDED]] == [16, 64]
     assert [size for size, _ in drawn[UNCACHED]] == [16]
+
+
+def test_peers_and_what_is_not_there_are_left_out() -> None:
+    networks = {"guiding": Path("guiding"), "mapped": Path("mapped")}
+    checkpoints = Checkpoints(Path("target"), networks, "bfloat16")
+    assert configurations(checkpoints, peers=True) == list(CONFIGURATIONS)
+    assert configurations(checkpoints, peers=False) == [PLAIN, UNGUIDED, GUIDED, MAPPED]
+    del networks["mapped"]
+    assert configurations(checkpoints, peers=False) == [PLAIN, UNGUIDED, GUIDED]
+
+
+def test_ratios_against_peers_that_were_left_out_are_empty() -> None:
+    alone = {name: ROUND[name] for name in (PLAIN, UNGUIDED, GUIDED)}
+    *_, table = make_tables({16: [alone]}, list(alone), limit=1.05)
+    assert table.rows[0]["guided / plain"] == pytest.approx(1.1)
+    assert table.rows[0]["times as fast as cached"] is None
