@@ -166,6 +166,23 @@ def test_networks_of_another_vocabulary_read_what_is_generated(engine: V2Engine)
 
 
 @pytest.mark.usefixtures("copies")
+def test_what_networks_have_lost_they_read_anew(engine: V2Engine) -> None:
+    """A row may lose its blocks to others, and a network may be loaded again: the whole history is
+    wanted then, of which the host may know the prompt only."""
+    engine.ask("a", Ask(prompt(10, 1), 12, "first"))
+    engine.ask("b", Ask(text(9, 40), 12, "mapped"))
+    for _ in range(6):
+        engine.step("a", "b")
+    processor = engine.processor
+    for row in processor._rows.values():
+        processor.steering.guidance.release(row)
+        row.translations.clear()
+    processor.steering.residency.revision += 1
+    engine.finish("a", "b")
+    engine.assert_exact_all()
+
+
+@pytest.mark.usefixtures("copies")
 def test_guidance_begins_and_ends_by_what_is_generated(engine: V2Engine) -> None:
     plain = Ask(prompt(10, 7), 24)
     engine.ask("plain", plain)
@@ -424,6 +441,7 @@ def test_tokens_are_explained_before_they_leave(engine: V2Engine, tmp_path: Path
     file.touch()
     engine.ask("b", Ask(prompt(9, 1), 4, "second"))
     engine.ask("a", Ask(prompt(9, 2), 4, "first", choice={"explain": "a"}))
+    engine.step("b", a=5)  # of a prompt in chunks, there is a token for the last one only
     engine.finish("a", "b")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["token"] for line in lines] == engine.output["a"]
