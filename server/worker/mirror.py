@@ -3,7 +3,11 @@
 vLLM's V2 runner samples, and puts what it sampled into the next step, without the host ever
 reading it. What the host wants to know of a row comes from two sides: the tokens that the request
 is computed from come in the call that adds it, and each one generated comes by a copy that is
-begun in the step that has it as input, and read whenever it has arrived.
+begun in the step that has it as input, and read some steps later.
+
+What is known then depends on the steps so far and on nothing else, least of all on how long a copy
+took: the ranks of a tensor-parallel group share blocks by the tokens that they know, and must all
+share the same ones, or their forwards would differ.
 """
 
 from collections import deque
@@ -12,6 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+UNDER_WAY = 2
+"""Copies that are not read unless somebody waits: vLLM runs one step while it puts together the
+next, so those before them have arrived."""
 
 
 class TokenCopy:
@@ -24,10 +32,6 @@ class TokenCopy:
         if tokens.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
-
-    @property
-    def has_arrived(self) -> bool:
-        return self._event is None or self._event.query()
 
     def wait(self) -> np.ndarray:
         """Return the tokens, as soon as they are there."""
@@ -74,13 +78,13 @@ class TokenMirror:
             slots: int `[num_rows]`.
             lengths: int `[num_rows]`, of each row's history, its newest token included.
         """
-        self._take_arrived()
         tenants = self._tenants[slots]
         self._steps.append(_Step(TokenCopy(tokens), rows, slots, lengths, tenants))
+        while len(self._steps) > UNDER_WAY:
+            self._take(self._steps.popleft())
 
     def tokens(self, slot: int, start: int, stop: int) -> list[int]:
-        """Return a slot's tokens from `start` to before `stop`, as far as they have arrived."""
-        self._take_arrived()
+        """Return a slot's tokens from `start` to before `stop`, as far as they are known."""
         return self._read(slot, start, stop)
 
     def awaited(self, slot: int, start: int, stop: int) -> list[int]:
@@ -91,10 +95,6 @@ class TokenMirror:
 
     def _read(self, slot: int, start: int, stop: int) -> list[int]:
         return self._tokens[slot, start : min(stop, int(self._known[slot]))].tolist()
-
-    def _take_arrived(self) -> None:
-        while self._steps and self._steps[0].copy.has_arrived:
-            self._take(self._steps.popleft())
 
     def _take(self, step: _Step) -> None:
         places = step.lengths - 1

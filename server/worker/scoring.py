@@ -161,6 +161,9 @@ def _guiding(
             if begin >= end:
                 continue
             piece = logits[begin - first : end - first]
+            if span.row.failed:  # its tokens cannot be read, which is no fault of its networks
+                piece.fill_(float("nan"))
+                continue
             try:
                 start = span.start + begin - span.begin
                 piece.copy_(guidance.score_prompt(span.row, piece, start))

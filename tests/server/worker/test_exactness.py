@@ -253,7 +253,7 @@ def test_compiled_networks_of_one_architecture(tmp_path: Path) -> None:
 
 
 def mode_of(worker: Any, name: str) -> str:
-    networks = worker._value_guidance().residency.networks()
+    networks = worker._processor().steering.residency.networks()
     network = next(network for network in networks if network.folder.name == name)
     modes: set[str] = set()
     for model in network.models.values():
@@ -265,7 +265,7 @@ def mode_of(worker: Any, name: str) -> str:
 
 def num_forwards(worker: Any) -> int:
     """Different compiled forwards that the networks' models run."""
-    networks = worker._value_guidance().residency.networks()
+    networks = worker._processor().steering.residency.networks()
     models = [model for network in networks for model in network.models.values()]
     return len({id(_compiled_module(model._model).aot_compiled_fn) for model in models})
 

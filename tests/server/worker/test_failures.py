@@ -72,7 +72,7 @@ def test_non_finite_logits_end_only_their_own_requests(engine: GuidedEngine) -> 
 
 def test_a_forward_that_throws_ends_only_its_own_requests(engine: GuidedEngine) -> None:
     def break_forward(worker: Any) -> None:
-        residency = worker._value_guidance().residency
+        residency = worker._processor().steering.residency
         (network,) = [n for n in residency.networks() if n.folder.name == "throws"]
 
         def forward(*args: Any, **kwargs: Any) -> None:

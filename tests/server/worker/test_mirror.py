@@ -1,4 +1,4 @@
-"""Tokens of the device on the host, however long they take to get there."""
+"""Tokens of the device on the host, at the same step however long they take to get there."""
 
 from collections.abc import Callable
 
@@ -7,34 +7,30 @@ import pytest
 import torch
 
 from server.worker import mirror
-from server.worker.mirror import MirroredHistory, TokenCopy, TokenMirror
+from server.worker.mirror import UNDER_WAY, MirroredHistory, TokenCopy, TokenMirror
 
 
-class SlowCopy(TokenCopy):
-    """One that arrives when a test says so, or when somebody waits for it."""
+class WatchedCopy(TokenCopy):
+    """One that a test sees being read, which waits for it if it must."""
 
-    under_way: "list[SlowCopy]"
+    begun: "list[WatchedCopy]"
 
     def __init__(self, tokens: torch.Tensor) -> None:
         super().__init__(tokens)
-        self.arrived = self.was_awaited = False
-        self.under_way.append(self)
-
-    @property
-    def has_arrived(self) -> bool:
-        return self.arrived
+        self.was_read = False
+        self.begun.append(self)
 
     def wait(self) -> np.ndarray:
-        self.was_awaited = not self.arrived
+        self.was_read = True
         return super().wait()
 
 
 @pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch) -> list[SlowCopy]:
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[WatchedCopy]:
     """All copies that have been begun."""
-    SlowCopy.under_way = []
-    monkeypatch.setattr(mirror, "TokenCopy", SlowCopy)
-    return SlowCopy.under_way
+    WatchedCopy.begun = []
+    monkeypatch.setattr(mirror, "TokenCopy", WatchedCopy)
+    return WatchedCopy.begun
 
 
 Follow = Callable[[dict[int, tuple[int, int]]], None]
@@ -52,22 +48,23 @@ def step_of(mirror: TokenMirror) -> Follow:
     return follow
 
 
-def test_tokens_are_known_when_they_have_arrived(copies: list[SlowCopy]) -> None:
+def test_tokens_are_known_some_steps_later(copies: list[WatchedCopy]) -> None:
+    """Whenever they arrive: what tensor-parallel ranks know must not depend on that."""
     mirror = TokenMirror(4, 16)
     step = step_of(mirror)
     mirror.open(2, [10, 11])
     history = MirroredHistory(mirror, 2, 2)
-    step({2: (2, 11)})  # what the prompt ends with
-    step({2: (3, 12)})
-    step({2: (4, 13)})
-    assert history.tokens(0, 4) == [10, 11]
-    copies[0].arrived = copies[1].arrived = True
-    assert history.tokens(0, 4) == [10, 11, 12]
+    known = []
+    for length, token in ((2, 11), (3, 12), (4, 13), (5, 14), (6, 15)):
+        step({2: (length, token)})
+        known.append(history.tokens(0, length))
+    prompt = [10, 11]
+    assert known == [prompt, prompt, prompt, [*prompt, 12], [*prompt, 12, 13]]
     assert history.tokens(1, 2) == [11]
-    assert not any(copy.was_awaited for copy in copies)
+    assert [copy.was_read for copy in copies] == [True] * 3 + [False] * UNDER_WAY
 
 
-def test_who_waits_waits_for_no_more_than_is_asked_for(copies: list[SlowCopy]) -> None:
+def test_who_waits_waits_for_no_more_than_is_asked_for(copies: list[WatchedCopy]) -> None:
     mirror = TokenMirror(4, 16)
     step = step_of(mirror)
     mirror.open(0, [10])
@@ -75,11 +72,11 @@ def test_who_waits_waits_for_no_more_than_is_asked_for(copies: list[SlowCopy]) -
     for length, token in ((2, 11), (3, 12), (4, 13)):
         step({0: (length, token)})
     assert history.awaited(0, 3) == [10, 11, 12]
-    assert [copy.was_awaited for copy in copies] == [True, True, False]
+    assert [copy.was_read for copy in copies] == [True, True, False]
     assert history.awaited(0, 9) == [10, 11, 12, 13]  # nothing more is on its way
 
 
-def test_a_prompt_in_chunks_is_known_from_the_start(copies: list[SlowCopy]) -> None:
+def test_a_prompt_in_chunks_is_known_from_the_start(copies: list[WatchedCopy]) -> None:
     mirror = TokenMirror(4, 16)
     step = step_of(mirror)
     mirror.open(1, list(range(10, 18)))
@@ -87,12 +84,10 @@ def test_a_prompt_in_chunks_is_known_from_the_start(copies: list[SlowCopy]) -> N
     step({1: (3, 12)})
     step({1: (8, 17)})
     step({1: (9, 18)})
-    for copy in copies:
-        copy.arrived = True
-    assert history.tokens(0, 9) == list(range(10, 19))
+    assert history.awaited(0, 9) == list(range(10, 19))
 
 
-def test_what_arrives_late_is_not_the_next_tenants(copies: list[SlowCopy]) -> None:
+def test_what_arrives_late_is_not_the_next_tenants(copies: list[WatchedCopy]) -> None:
     """The lengths are made to fit, so that only the tenant tells."""
     mirror = TokenMirror(4, 16)
     step = step_of(mirror)
@@ -100,33 +95,30 @@ def test_what_arrives_late_is_not_the_next_tenants(copies: list[SlowCopy]) -> No
     mirror.open(3, [20, 21])
     step({0: (2, 11), 3: (3, 22)})
     mirror.open(0, [30])
-    copies[0].arrived = True
-    assert MirroredHistory(mirror, 0, 1).tokens(0, 2) == [30]
-    assert MirroredHistory(mirror, 3, 2).tokens(0, 3) == [20, 21, 22]
+    assert MirroredHistory(mirror, 0, 1).awaited(0, 2) == [30]
+    assert MirroredHistory(mirror, 3, 2).awaited(0, 3) == [20, 21, 22]
 
 
-def test_a_gap_is_never_read_over(copies: list[SlowCopy]) -> None:
+def test_a_gap_is_never_read_over(copies: list[WatchedCopy]) -> None:
     mirror = TokenMirror(4, 16)
     step = step_of(mirror)
     mirror.open(0, [10])
     step({0: (3, 12)})
-    copies[0].arrived = True
-    assert MirroredHistory(mirror, 0, 1).tokens(0, 3) == [10]
+    assert MirroredHistory(mirror, 0, 1).awaited(0, 3) == [10]
 
 
-def test_steps_that_have_arrived_are_not_kept(copies: list[SlowCopy]) -> None:
+def test_steps_are_not_kept(copies: list[WatchedCopy]) -> None:
     """Also where nobody reads for long."""
     mirror = TokenMirror(4, 16)
     step = step_of(mirror)
     mirror.open(0, [10])
     for length in range(2, 12):
         step({0: (length, length)})
-        copies[-1].arrived = True
-    assert len(mirror._steps) == 1
+    assert len(mirror._steps) == UNDER_WAY
 
 
 def test_a_device_without_events_copies_at_once() -> None:
     mirror = TokenMirror(1, 4)
     mirror.open(0, [7])
     step_of(mirror)({0: (2, 8)})
-    assert MirroredHistory(mirror, 0, 1).tokens(0, 4) == [7, 8]
+    assert MirroredHistory(mirror, 0, 1).awaited(0, 4) == [7, 8]

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from server.run_directory import EXPLAIN
-from server.worker import mirror, processor_v2
-from server.worker.mirror import TokenCopy
+from server.worker import processor_v2
 from tests.models import (
     TEXT,
     make_mapped_network,
@@ -72,14 +71,6 @@ def engine(loaded: V2Engine) -> V2Engine:
     return loaded
 
 
-@pytest.fixture(params=["at once", "late"])
-def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When tokens reach the host: at once, or not before somebody waits for them."""
-    if request.param == "late":
-        late = property(lambda _: False)
-        monkeypatch.setattr(mirror, "TokenCopy", type("Late", (TokenCopy,), {"has_arrived": late}))
-
-
 def prompt(length: int, seed: int = 0) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(10, 290) for _ in range(length)]
@@ -90,7 +81,6 @@ def text(length: int, start: int = 0) -> list[int]:
     return ids[start : start + length]
 
 
-@pytest.mark.usefixtures("copies")
 def test_rows_join_move_leave_and_share_slots(engine: V2Engine) -> None:
     engine.ask("a", Ask(prompt(30, 1), 12, "first"))
     engine.ask("b", Ask(prompt(5, 2), 6, None))
@@ -109,7 +99,6 @@ def test_rows_join_move_leave_and_share_slots(engine: V2Engine) -> None:
     engine.assert_exact_all()
 
 
-@pytest.mark.usefixtures("copies")
 def test_histories_go_on_over_many_blocks(engine: V2Engine) -> None:
     """Full blocks are published by what the host knows of them, and found again by others."""
     engine.ask("a", Ask(prompt(40), 80, "first"))
@@ -135,7 +124,6 @@ def test_prompts_are_read_in_chunks_beside_rows_that_decode(engine: V2Engine) ->
     engine.assert_exact_all()
 
 
-@pytest.mark.usefixtures("copies")
 def test_preempted_requests_come_back_as_they_were(engine: V2Engine) -> None:
     controlled = {"after": (), "until_tokens": 9}
     engine.ask("a", Ask(prompt(30, 1), 14, "first"))
@@ -156,7 +144,6 @@ def test_preempted_requests_come_back_as_they_were(engine: V2Engine) -> None:
     engine.assert_exact_all()
 
 
-@pytest.mark.usefixtures("copies")
 def test_networks_of_another_vocabulary_read_what_is_generated(engine: V2Engine) -> None:
     engine.ask("a", Ask(text(20), 30, "mapped"))
     engine.ask("b", Ask(text(9, 40), 30, "first", also={"mapped": 0.5}))
@@ -165,7 +152,22 @@ def test_networks_of_another_vocabulary_read_what_is_generated(engine: V2Engine)
     engine.assert_exact_all()
 
 
-@pytest.mark.usefixtures("copies")
+def test_what_networks_have_lost_they_read_anew(engine: V2Engine) -> None:
+    """A row may lose its blocks to others, and a network may be loaded again: the whole history is
+    wanted then, of which the host may know the prompt only."""
+    engine.ask("a", Ask(prompt(10, 1), 12, "first"))
+    engine.ask("b", Ask(text(9, 40), 12, "mapped"))
+    for _ in range(6):
+        engine.step("a", "b")
+    processor = engine.processor
+    for row in processor._rows.values():
+        processor.steering.guidance.release(row)
+        row.translations.clear()
+    processor.steering.residency.revision += 1
+    engine.finish("a", "b")
+    engine.assert_exact_all()
+
+
 def test_guidance_begins_and_ends_by_what_is_generated(engine: V2Engine) -> None:
     plain = Ask(prompt(10, 7), 24)
     engine.ask("plain", plain)
@@ -424,6 +426,7 @@ def test_tokens_are_explained_before_they_leave(engine: V2Engine, tmp_path: Path
     file.touch()
     engine.ask("b", Ask(prompt(9, 1), 4, "second"))
     engine.ask("a", Ask(prompt(9, 2), 4, "first", choice={"explain": "a"}))
+    engine.step("b", a=5)  # of a prompt in chunks, there is a token for the last one only
     engine.finish("a", "b")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["token"] for line in lines] == engine.output["a"]

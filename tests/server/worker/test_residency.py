@@ -254,7 +254,7 @@ def remember_first_model(worker: Any, name: str) -> None:
 
 def models_of(worker: Any, name: str) -> dict[str, Any]:
     """The models of a network that is being built: a local of the generator that builds it."""
-    pieces = worker._value_guidance().residency._loads[name].pieces
+    pieces = worker._processor().steering.residency._loads[name].pieces
     frame = pieces.gi_yieldfrom and pieces.gi_yieldfrom.gi_frame
     return frame.f_locals.get("models", {}) if frame else {}
 
@@ -370,7 +370,7 @@ def test_a_network_that_failed_can_be_loaded_again(engine: GuidedEngine, root: P
 
 
 def fail(worker: Any, name: str) -> None:
-    guidance = worker._value_guidance().guidance
+    guidance = worker._processor().steering.guidance
     network = next(n for n in guidance._residency.networks() if n.folder.name == name)
     guidance.fail("a test said so", network)
 
@@ -418,4 +418,4 @@ def test_a_load_is_not_ready_before_it_was_tried(engine: GuidedEngine, root: Pat
 
 def tokens_run(worker: Any, name: str) -> int:
     """Tokens that a network has run before it is ready."""
-    return worker._value_guidance().residency._loads[name].network.num_tokens
+    return worker._processor().steering.residency._loads[name].network.num_tokens

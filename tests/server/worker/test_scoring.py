@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from server.choice import Choice, ChosenNetwork
 from server.worker.guidance import SCORED_AT_ONCE, Batch, Guidance
 from server.worker.history import ListedHistory
+from server.worker.mirror import MirroredHistory, TokenMirror
 from server.worker.network import ValueNetwork
 from server.worker.residency import Residency
 from server.worker.row import GuidedRow
-from server.worker.scoring import guide_prompt_scores
+from server.worker.scoring import guide_prompt_scores, guide_prompt_worker
 from tests.models import (
     TEXT,
     make_mapped_network,
@@ -113,6 +114,32 @@ def test_a_score_that_cannot_be_made_fails_no_network(
     )
     guide_prompt_scores(runner, guidance, {0: row})
     assert runner._get_prompt_logprobs_dict(torch.zeros(9, 4), {})["request"].isnan().all()
+    assert not any(network.failure for network in networks)
+
+
+def test_a_prompt_that_the_host_cannot_read_fails_no_network(worker: Residency) -> None:
+    """In the V2 runner, whose tokens are on the device. The last position belongs to nobody."""
+    choice, networks = chosen(worker, "first")
+    guidance = Guidance(worker, torch.device("cpu"), None)
+    row = GuidedRow(choice, MirroredHistory(TokenMirror(1, 16), 0, 9))
+    row.slot, row.failed = 0, True
+    scores: Any = SimpleNamespace(
+        uses_prompt_logprobs=np.array([True]),
+        compute_prompt_logprobs=lambda logits_of, hidden, _: logits_of(hidden),
+        compute_prompt_token_id_logprobs=None,
+    )
+    guide_prompt_worker(scores, guidance, {0: row})
+    batch = SimpleNamespace(
+        idx_mapping_np=np.array([0]),
+        prefill_len_np=np.array([9]),
+        query_start_loc_np=np.array([0, 9]),
+        num_computed_prefill_tokens_np=np.array([0]),
+        num_scheduled_tokens=np.array([9]),
+    )
+    logits = scores.compute_prompt_logprobs(
+        lambda hidden: torch.zeros(len(hidden), VOCAB), torch.zeros(9, 4), batch
+    )
+    assert logits[:-1].isnan().all() and not logits[-1].isnan().any()
     assert not any(network.failure for network in networks)
 
 
