@@ -110,7 +110,7 @@ class Guidance:
             float32 `[num_rows, vocab_size]`; rows without guidance are exactly the target's.
         """
         newest = cache(batch.last_tokens.tolist)  # waits for the device: once, and only if asked
-        self.collect()
+        self._soundness.begin_step()
         turned = self._follow_controls(batch, newest) if self._controlled else False
         if turned or self._revision != self._residency.revision:
             self.arrange(self._rows)
@@ -175,8 +175,7 @@ class Guidance:
             logger.error("value network %s failed: %s", network, reason)
 
     def collect(self) -> None:
-        """Learn what the device has found out since: a network whose logits are not finite fails
-        when its verdict arrives."""
+        """Learn what the device has found out: whether networks' logits were finite."""
         self._soundness.collect()
 
     def _follow_controls(self, batch: Batch, newest: Callable[[], list[int]]) -> bool:

@@ -13,6 +13,9 @@ FORCED = 1e30
 
 NOT_FINITE = "its logits are not finite"
 
+LAG = 2
+"""Steps after which a verdict is read; vLLM prepares one step while another one runs."""
+
 
 class Soundness(Protocol):
     """Looks at each answer of a network before it is used."""
@@ -33,8 +36,11 @@ class Soundness(Protocol):
                 that end them.
         """
 
+    def begin_step(self) -> None:
+        """Have networks failed whose answers turned out not to be finite some steps ago."""
+
     def collect(self) -> None:
-        """Have networks failed whose answers turned out not to be finite."""
+        """Have networks failed whose answers turned out not to be finite; waits for the device."""
 
 
 def are_finite(scores: Scores) -> bool:
@@ -61,6 +67,9 @@ class Immediate:
     def settle(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
         pass
 
+    def begin_step(self) -> None:
+        pass
+
     def collect(self) -> None:
         pass
 
@@ -69,15 +78,20 @@ class _Verdict(NamedTuple):
     """What one network's answers were like; on its way to the host."""
 
     network: ValueNetwork
+    step: int
     is_finite: torch.Tensor  # bool [], on the host once `arrived`
     arrived: torch.cuda.Event | None
 
 
 class Deferred:
-    """Lets the device go on: rows are ended there, and the host learns of it in a later step."""
+    """Lets the device go on: rows are ended there, and the host learns of it in a later step.
+
+    In which one does not depend on when a verdict arrives: tensor-parallel ranks must agree on it.
+    """
 
     def __init__(self, fail: Callable[[str, ValueNetwork], None]) -> None:
         self._fail = fail
+        self._step = 0
         self._verdicts: deque[_Verdict] = deque()
         self._finite: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this step
 
@@ -91,7 +105,7 @@ class Deferred:
             on_host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(on_host, True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._verdicts.append(_Verdict(network, on_host, arrived))
+        self._verdicts.append(_Verdict(network, self._step, on_host, arrived))
         return True
 
     def settle(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
@@ -105,15 +119,21 @@ class Deferred:
         forced = torch.where(broken[rows], FORCED, logits[rows, failure_ids])
         logits.index_put_((rows, failure_ids), forced)
 
+    def begin_step(self) -> None:
+        self._step += 1
+        self._take(self._step - LAG)
+
     def collect(self) -> None:
-        while self._verdicts and _has_arrived(self._verdicts[0]):
-            network, is_finite, _ = self._verdicts.popleft()
+        self._take(self._step)
+
+    def _take(self, last: int) -> None:
+        """Take the verdicts of steps up to `last`."""
+        while self._verdicts and self._verdicts[0].step <= last:
+            network, _, is_finite, arrived = self._verdicts.popleft()
+            if arrived is not None:
+                arrived.synchronize()
             if network.failure is None and not is_finite:
                 self._fail(NOT_FINITE, network)
-
-
-def _has_arrived(verdict: _Verdict) -> bool:
-    return verdict.arrived is None or bool(verdict.arrived.query())
 
 
 def soundness(device: torch.device, fail: Callable[[str, ValueNetwork], None]) -> Soundness:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from server.worker.network import Scores
-from server.worker.soundness import NOT_FINITE, Deferred, Immediate, soundness
+from server.worker.soundness import LAG, NOT_FINITE, Deferred, Immediate, soundness
 
 ROWS, VOCAB = 4, 6
 INF = float("inf")
@@ -83,20 +83,22 @@ def test_deferred_steps_do_not_see_each_other() -> None:
     assert torch.equal(logits, expected)
 
 
-def test_a_verdict_waits_until_it_has_arrived() -> None:
-    class Event:
-        here = False
+def test_a_verdict_is_read_in_a_step_that_all_workers_agree_on() -> None:
+    """Not whenever it arrives, but it is waited for."""
+    waited: list[str] = []
 
-        def query(self) -> bool:
-            return self.here
+    class Event:
+        def synchronize(self) -> None:
+            waited.append("for the device")
 
     failed: list[Any] = []
     sound = Deferred(failing(failed))
+    sound.begin_step()
     sound.admits(Network(), scores(2), torch.arange(3))
     event: Any = Event()
     sound._verdicts[0] = sound._verdicts[0]._replace(arrived=event)
-    sound.collect()
-    assert not failed
-    event.here = True
-    sound.collect()
-    assert len(failed) == 1
+    for _ in range(LAG - 1):
+        sound.begin_step()
+    assert not failed and not waited
+    sound.begin_step()
+    assert len(failed) == 1 and waited
