@@ -373,7 +373,7 @@ class Guidance:
         if assignment.network.translator is not None:
             ready = self._advance(assignment, batch, newest)
         scored = assignment.only(ready)
-        if sampled.all():
+        if scored is assignment or sampled.all():
             return scored, None
         owed = self._rows_of(assignment.only(~sampled), batch)
         if assignment.network.translator is not None:
