@@ -57,9 +57,9 @@ def take_turns(
 
 def turn_order(names: Sequence[str], number: int) -> list[str]:
     """Return the order of a round: each is first at times, and none always follows another."""
-    first = number % len(names)
+    first = number // 2 % len(names)
     order = [*names[first:], *names[:first]]
-    return order[::-1] if number // len(names) % 2 else order
+    return order[::-1] if number % 2 else order
 
 
 def median(rounds: Sequence[Round[T]], name: str, value: Callable[[T], float]) -> float | None:

@@ -180,7 +180,7 @@ def summarise(
     ]
     return Answer(
         tables=[
-            Table("Milliseconds between two tokens of a stream", rows),
+            Table("Milliseconds between two tokens of a stream, half of them guided", rows),
             Table("Against what is allowed", goals),
         ],
         models=models or {},
