@@ -6,6 +6,7 @@ from typing import Protocol
 
 from deploy.bench import (
     beside,
+    choices,
     combining,
     exactness,
     fusion,
@@ -44,6 +45,7 @@ QUESTIONS: dict[str, Question] = {
     "mixture": mixture,
     "beside": beside,
     "profile": profile,
+    "choices": choices,
     "combining": combining,
     "swapping": swapping,
     "startup": startup,

@@ -209,12 +209,14 @@ class Guidance:
     ) -> None:
         """Add what one network thinks to its rows; where they are fused, to `fused`."""
         network = assignment.network
-        began = time.perf_counter()
+        began, columns = time.perf_counter(), None
         try:
             scored, owed = self._divide(assignment, batch, newest)
             if len(scored.rows):
                 read = self._rows_of(scored, batch)
                 scores = network.score(read, scored.dynamic if scored.any_dynamic else None)
+                if network.translator is not None:
+                    columns = network.translator.columns(scored.translations)
             if owed is not None:
                 network.read(owed)
         except BaseException as error:  # whatever it is, it must not reach the engine
@@ -224,9 +226,6 @@ class Guidance:
             return
         network.seconds += time.perf_counter() - began
         network.last_used = time.time()
-        columns = None
-        if network.translator is not None:
-            columns = network.translator.columns(scored.translations)
         if fused is None or scored.is_plain:
             rows = None if len(scored.rows) == len(logits) else scored.index
             add_value_logits(logits, scores.value, scored.scales, rows, columns)

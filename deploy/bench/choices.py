@@ -1,0 +1,196 @@
+"""What the choices behind a decoding step are worth: each of them undone, beside the step as it is.
+
+One process without an engine runs guided steps of a network of 5.7 M parameters. Between two steps
+it reads as much memory as a target would, so that the network's weights are not in the cache.
+"""
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from deploy.bench.arguments import add_batches, add_rounds
+from deploy.bench.checkpoints import Checkpoints, make_checkpoints
+from deploy.bench.report import Answer, Table, say
+from deploy.bench.rounds import (
+    by_case,
+    make_prompts,
+    median,
+    ratio,
+    runs_of,
+    take_turns,
+)
+
+AS_IS = "as it is"
+IN_TARGETS_DTYPE = "networks compute in the target's dtype"
+SLOW_BLOCKS = "a row that fills a block sends its batch down the path of rows that owe tokens"
+LAID_OUT = "rows are laid out anew in each step"
+TWO_PASSES = "value logits are scaled into a tensor of their own, then added"
+UNCOMPILED = "networks run uncompiled"
+NAMES = (AS_IS, IN_TARGETS_DTYPE, SLOW_BLOCKS, LAID_OUT, TWO_PASSES, UNCOMPILED)
+BETWEEN = 1 << 26
+"""Bytes read between two steps: more than caches hold."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_rounds(parser, 9)
+    add_batches(parser, (1, 4, 16))
+
+
+def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    from tests.server.worker.alone import process_group
+
+    # As many as vLLM's worker has, which leaves a core to the engine.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    say("making random checkpoints")
+    checkpoints = make_checkpoints(folder, "bfloat16", ["guiding"])
+    with (
+        process_group(folder),
+        steps(checkpoints) as as_is,
+        steps(checkpoints, IN_TARGETS_DTYPE) as in_dtype,
+    ):
+
+        def measure(name: str, batch_size: int, number: int) -> float:
+            which = in_dtype if name == IN_TARGETS_DTYPE else as_is
+            with undone(name, which):
+                return which.run(batch_size, arguments.tokens, number)
+
+        rounds = take_turns(arguments.batch_sizes, NAMES, arguments.rounds, measure)
+        dtypes = {"network_dtype": as_is.dtype, "target_dtype": checkpoints.dtype}
+    return Answer(
+        tables=[
+            Table(
+                "Milliseconds of a guided step, the target's forward left out",
+                by_case(rounds, NAMES, lambda found, name: median(found, name, _milliseconds)),
+            ),
+            Table(
+                "Time against the step as it is",
+                by_case(rounds, NAMES[1:], lambda found, name: ratio(found, name, AS_IS, float)),
+            ),
+        ],
+        models=checkpoints.describe() | dtypes,
+        runs=runs_of(rounds, seconds=float),
+    )
+
+
+class Steps:
+    """Guided decoding steps of one network, without an engine."""
+
+    def __init__(self, residency: Any) -> None:
+        from server.worker.guidance import Guidance
+
+        (self.network,) = residency.networks()
+        (self.model,) = self.network.models.values()
+        self.dtype = str(self.model.config.model_config.dtype).removeprefix("torch.")
+        self._guidance = Guidance(residency, torch.device("cpu"), None)
+        self._memory = torch.zeros(BETWEEN, dtype=torch.int8)
+
+    def run(self, batch_size: int, num_steps: int, seed: int) -> float:
+        """Return seconds of the mean step, of rows that fill their blocks one after the other."""
+        from server.choice import Choice, ChosenNetwork
+        from server.worker.guidance import Batch
+        from server.worker.history import ListedHistory
+        from server.worker.row import GuidedRow
+
+        folder, vocab_size = self.network.folder, self.model.vocab_size
+        choice = Choice((ChosenNetwork(folder.name, folder.version, 1.0),), vocab_size - 1)
+        prompts = make_prompts(batch_size, 64, seed)
+        prompts = [prompt[: 32 + 5 * row % 32] for row, prompt in enumerate(prompts)]
+        rows = {}
+        for index, prompt in enumerate(prompts):
+            rows[index] = GuidedRow(choice, ListedHistory(prompt, [9] * num_steps))
+            rows[index].slot = index
+        self._guidance.arrange(rows)
+        seconds = 0.0
+        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
+        for step in range(num_steps):
+            batch = Batch(
+                lengths + step,
+                np.ones(batch_size, dtype=bool),
+                torch.tensor([9 if step else prompt[-1] for prompt in prompts], dtype=torch.int32),
+                [str(index) for index in rows],
+            )
+            logits = torch.randn(batch_size, vocab_size, dtype=torch.bfloat16)
+            self._memory.sum()
+            began = time.perf_counter()
+            self._guidance.step(logits, batch)
+            if step:  # the first one reads the prompts
+                seconds += time.perf_counter() - began
+        for row in rows.values():
+            self._guidance.release(row)
+        return seconds / (num_steps - 1)
+
+
+@contextlib.contextmanager
+def steps(checkpoints: Checkpoints, name: str = AS_IS) -> Iterator[Steps]:
+    """Load the network, in the target's dtype or in that which suits the CPU."""
+    import vllm.ir
+    from vllm.engine.arg_utils import EngineArgs
+
+    from tests.server.worker.alone import residency
+
+    config = EngineArgs(str(checkpoints.target)).create_engine_config()
+    vllm.ir.set_default_torch_wrap(False)  # as in vLLM's CPU worker
+    dtype = (
+        patch("server.worker.configuration.network_dtype", lambda target, _: target)
+        if name == IN_TARGETS_DTYPE
+        else contextlib.nullcontext()
+    )
+    with dtype, residency(checkpoints.target, checkpoints.networks, config) as worker:
+        yield Steps(worker)
+
+
+@contextlib.contextmanager
+def undone(name: str, which: Steps) -> Iterator[None]:
+    """Do without one of the choices."""
+    from server.worker import guidance
+    from server.worker.model import NetworkModel
+
+    forward = which.model._forward
+    match name:
+        case _ if name == SLOW_BLOCKS:
+
+            def fits(model: NetworkModel, rows: Any) -> bool:
+                return bool((rows.lengths <= model.table.capacity[rows.slots]).all())
+
+            with patch.object(NetworkModel, "_make_room", fits):
+                yield
+        case _ if name == LAID_OUT:
+            lay_out = forward._rows_of
+
+            def rows_of(slots: np.ndarray) -> Any:
+                forward._decode_rows = None
+                return lay_out(slots)
+
+            with patch.object(forward, "_rows_of", rows_of):
+                yield
+        case _ if name == TWO_PASSES:
+            with patch.object(guidance, "add_value_logits", _add_in_two_passes):
+                yield
+        case _ if name == UNCOMPILED:
+            with patch.object(forward, "eager", True):
+                yield
+        case _:
+            yield
+
+
+def _add_in_two_passes(
+    logits: torch.Tensor, value: torch.Tensor, scale: torch.Tensor, *_: object
+) -> None:
+    covered = min(logits.shape[1], value.shape[1])
+    scaled = value[:, :covered].float() * scale
+    logits[:, :covered] += scaled
+    logits[:, covered:] = float("-inf")
+
+
+def _milliseconds(seconds: float) -> float:
+    return 1e3 * seconds
