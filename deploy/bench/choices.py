@@ -92,7 +92,7 @@ class Steps:
         (self.model,) = self.network.models.values()
         self.dtype = str(self.model.config.model_config.dtype).removeprefix("torch.")
         self._guidance = Guidance(residency, torch.device("cpu"), None)
-        self._memory = torch.zeros(BETWEEN, dtype=torch.int8)
+        self._memory = torch.zeros(BETWEEN // 4)
 
     def run(self, batch_size: int, num_steps: int, seed: int) -> float:
         """Return seconds of the mean step, of rows that fill their blocks one after the other."""

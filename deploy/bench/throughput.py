@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from deploy.bench.arguments import add_batches, add_dtype, add_rounds
+import torch
+
+from deploy.bench.arguments import add_batches, add_dtype, add_rounds, within
 from deploy.bench.baseline import Baseline
 from deploy.bench.checkpoints import (
     Checkpoints,
@@ -62,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure transformers beside",
     )
     parser.add_argument(
+        "--peer-threads",
+        type=within(1),
+        help="threads of transformers (torch's default); vLLM leaves a core of a CPU to its engine",
+    )
+    parser.add_argument(
         "--models",
         choices=VALUE_MEMORY_GB,
         default="105m",
@@ -77,6 +84,8 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     with plain_and_trimtab(checkpoints, folder, value_memory_gb=memory) as (plain, trimtab):
         runners = dict.fromkeys(names, trimtab.run) | {PLAIN: plain.run}
         if arguments.peers:
+            if arguments.peer_threads:
+                torch.set_num_threads(arguments.peer_threads)
             network = checkpoints.networks["guiding"]
             baseline = Baseline(checkpoints.target, network, arguments.dtype)
             runners[CACHED] = partial(baseline.run, cached=True)
