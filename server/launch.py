@@ -15,7 +15,7 @@ from argparse import ArgumentParser, Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,6 +27,9 @@ from server.token_bytes import TokenBytes
 from value_models.manifest import tokenizer_fingerprint
 from value_models.store import NetworkError, NetworkFolder
 from value_models.vocabulary.tokens import Vocabulary, VocabularyError, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 MODULE = "server.launch"
 REPORT_FD = "TRIMTAB_REPORT_FD"
@@ -319,15 +322,27 @@ def _refuse_flags(args: Namespace) -> None:
             raise LaunchError(f"{flag} cannot be honoured: {reason}")
 
 
+def _dtypes() -> "dict[str, torch.dtype]":
+    """What vLLM's `--dtype` means; of "auto", what it means for most checkpoints."""
+    import torch
+
+    return {
+        "auto": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "half": torch.float16,
+        "float16": torch.float16,
+        "float": torch.float32,
+        "float32": torch.float32,
+    }
+
+
 def _note_precision(args: Namespace) -> list[str]:
     """Say so where the target would run faster in another number format."""
-    import torch
     from vllm.platforms import current_platform
 
     from server.worker.precision import network_dtype
 
-    dtype = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "half": torch.float16}
-    target = dtype.get(args.dtype)
+    target = _dtypes().get(args.dtype)
     if target is None or network_dtype(target, current_platform.device_type) == target:
         return []
     return [
@@ -412,8 +427,7 @@ def _memory(args: Namespace, settings: Settings) -> Memory:
 
     from server.worker.precision import network_dtype
 
-    target = {"float": torch.float32, "half": torch.float16}.get(args.dtype)
-    target = target or getattr(torch, args.dtype, torch.bfloat16)  # "auto": vLLM's choice for most
+    target = _dtypes().get(args.dtype, torch.bfloat16)
     itemsize = network_dtype(target, current_platform.device_type).itemsize
     total = int(settings.value_memory_gb * 2**30)
     return Memory(total, itemsize, args.tensor_parallel_size, _target_context(args))
