@@ -38,16 +38,18 @@ def add_value_logits(
         known = columns.clamp(min=0)
         value = value[:, known] if columns.dim() == 1 else value.gather(1, known)
     covered = min(logits.shape[1], value.shape[1])
-    if rows is None and columns is None:
-        # One pass over the logits, and no other tensor of their size.
+    if columns is None:
+        # One pass, and one way of rounding: a row's logits do not depend on who else is guided.
         factor = torch.as_tensor(scale, dtype=torch.float32, device=logits.device)
-        logits[:, :covered].addcmul_(value[:, :covered], factor)
-        logits[:, covered:] = EXCLUDED
+        guided = logits if rows is None else logits[rows]
+        guided[:, :covered].addcmul_(value[:, :covered], factor)
+        guided[:, covered:] = EXCLUDED
+        if rows is not None:
+            logits.index_copy_(0, rows, guided)
         return
     scaled = value[:, :covered].float() * scale
-    if columns is not None:
-        # After scaling: a negative scale would turn an exclusion into a promotion.
-        scaled.masked_fill_(columns[..., :covered] < 0, EXCLUDED)
+    # After scaling: a negative scale would turn an exclusion into a promotion.
+    scaled.masked_fill_(columns[..., :covered] < 0, EXCLUDED)
     if rows is None:
         logits[:, :covered] += scaled
         logits[:, covered:] = EXCLUDED

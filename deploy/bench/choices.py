@@ -1,4 +1,4 @@
-"""What the choices behind a decoding step are worth: each of them undone, beside the step as it is.
+"""What the choices behind a decoding step are worth: each undone, beside the step.
 
 One process without an engine runs guided steps of a network of 5.7 M parameters. Between two steps
 it reads as much memory as a target would, so that the network's weights are not in the cache.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -364,6 +365,7 @@ def test_a_network_may_bring_an_example(target: str, qa: str, tmp_path: Path) ->
 def test_without_a_compiler_vllm_runs_uncompiled(
     target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("server.worker.precision._multiplies", lambda _: True)
     args, launched = prepare([target])
     assert not args.enforce_eager and not launched.notes
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -371,6 +373,14 @@ def test_without_a_compiler_vllm_runs_uncompiled(
     assert args.enforce_eager
     assert "no-such-compiler" in launched.notes[0]
     assert not prepare([target, "--enforce-eager"])[1].notes
+
+
+def test_a_faster_number_format_is_named(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.worker.precision._multiplies", lambda dtype: dtype == torch.float32)
+    for options in ([], ["--dtype", "bfloat16"], ["--dtype", "half"]):
+        (note,) = prepare([target, *options])[1].notes
+        assert "--dtype float32" in note
+    assert not prepare([target, "--dtype", "float32"])[1].notes
 
 
 def test_the_parent_learns_whether_the_target_chats(tmp_path: Path) -> None:
