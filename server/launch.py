@@ -346,7 +346,7 @@ def _note_precision(args: Namespace) -> list[str]:
     if target is None or network_dtype(target, current_platform.device_type) == target:
         return []
     return [
-        "this CPU has no instructions for half-precision numbers: --dtype float32 decodes large "
+        "This CPU has no instructions for half-precision numbers: --dtype float32 decodes large "
         "batches several times as fast, with twice the memory for the target"
     ]
 
