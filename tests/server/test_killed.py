@@ -76,7 +76,9 @@ def start(directory: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     assert launched.run_dir is not None
     try:
         settings = Settings.load()
-        assert not settings.unloadable and not launched.notes
+        # Of the machine there may be something to say, of its networks there is not.
+        about_networks = [note for note in launched.notes if "network" in note]
+        assert not settings.unloadable and not about_networks
         # Copies, which are checked once more: they are what the workers would load.
         networks = {name: check_network(path, name) for name, path in settings.networks.items()}
         return {name: network.version for name, network in networks.items()}, settings.withheld
