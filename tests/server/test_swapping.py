@@ -227,7 +227,8 @@ class TestWhileOthersGenerate:
         operator.load("other", "second")
         expected_new = complete(client, asking("other", max_tokens=24))
 
-        with running(swapping.url, asking("swapped", max_tokens=LONG), 4) as answers:
+        # So many that they outlast the load, also where steps are fast and loads are slow.
+        with running(swapping.url, asking("swapped", max_tokens=LONG), 32) as answers:
             new = operator.load("swapped", "second")["version"]
             assert new != old
             answer = complete(client, asking("swapped", max_tokens=24))
