@@ -374,9 +374,12 @@ class Guidance:
         scored = assignment.only(ready)
         if scored is assignment or sampled.all():
             return scored, None
-        owed = self._rows_of(assignment.only(~sampled), batch)
+        owing = ~sampled
         if assignment.network.translator is not None:
-            owed = owed._replace(lengths=owed.num_stable)
+            owing &= [bool(row.num_stable) and not row.outgrown for row in assignment.translations]
+        owed = self._rows_of(assignment.only(owing), batch)
+        if assignment.network.translator is not None:
+            owed = owed._replace(lengths=owed.num_stable)  # what may be rewritten is read later
         return scored, owed
 
     def _advance(
