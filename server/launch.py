@@ -15,7 +15,7 @@ from argparse import ArgumentParser, Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,9 +27,6 @@ from server.token_bytes import TokenBytes
 from value_models.manifest import tokenizer_fingerprint
 from value_models.store import NetworkError, NetworkFolder
 from value_models.vocabulary.tokens import Vocabulary, VocabularyError, load_tokenizer
-
-if TYPE_CHECKING:
-    import torch
 
 MODULE = "server.launch"
 REPORT_FD = "TRIMTAB_REPORT_FD"
@@ -322,33 +319,26 @@ def _refuse_flags(args: Namespace) -> None:
             raise LaunchError(f"{flag} cannot be honoured: {reason}")
 
 
-def _dtypes() -> "dict[str, torch.dtype]":
-    """What vLLM's `--dtype` means; of "auto", what it means for most checkpoints."""
-    import torch
-
-    return {
-        "auto": torch.bfloat16,
-        "bfloat16": torch.bfloat16,
-        "half": torch.float16,
-        "float16": torch.float16,
-        "float": torch.float32,
-        "float32": torch.float32,
-    }
-
-
 def _note_precision(args: Namespace) -> list[str]:
     """Say so where the target would run faster in another number format."""
-    from vllm.platforms import current_platform
-
-    from server.worker.precision import network_dtype
-
-    target = _dtypes().get(args.dtype)
-    if target is None or network_dtype(target, current_platform.device_type) == target:
+    if args.dtype in ("float", "float32") or _itemsize(args) == 2:
         return []
     return [
         "This CPU has no instructions for half-precision numbers: --dtype float32 decodes large "
         "batches several times as fast, with twice the memory for the target"
     ]
+
+
+def _itemsize(args: Namespace) -> int:
+    """Bytes of a number in the networks' dtype."""
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    from server.worker.precision import network_dtype
+
+    # "auto" is half precision for all checkpoints but those of a few models.
+    target = STR_DTYPE_TO_TORCH_DTYPE["bfloat16" if args.dtype == "auto" else args.dtype]
+    return network_dtype(target, current_platform.device_type).itemsize
 
 
 def _settle_compilation(args: Namespace) -> list[str]:
@@ -422,15 +412,8 @@ def _write_token_bytes(run_dir: Path, tokenizer: Any) -> Path | None:
 
 
 def _memory(args: Namespace, settings: Settings) -> Memory:
-    import torch
-    from vllm.platforms import current_platform
-
-    from server.worker.precision import network_dtype
-
-    target = _dtypes().get(args.dtype, torch.bfloat16)
-    itemsize = network_dtype(target, current_platform.device_type).itemsize
     total = int(settings.value_memory_gb * 2**30)
-    return Memory(total, itemsize, args.tensor_parallel_size, _target_context(args))
+    return Memory(total, _itemsize(args), args.tensor_parallel_size, _target_context(args))
 
 
 def _target_context(args: Namespace) -> int | None:
