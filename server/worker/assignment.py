@@ -65,6 +65,7 @@ class Assignment(NamedTuple):
     places: np.ndarray  # int64 [num_guided], which of the fused rows; NOT_FUSED: none
     ordinals: np.ndarray  # int64 [num_guided], the how-manieth network of its row this one is
     dynamic: np.ndarray  # bool [num_guided]
+    follows: np.ndarray  # bool [num_guided], prompts that are read as the target reads them
     is_plain: bool  # no row is fused
     any_dynamic: bool
 
@@ -85,6 +86,7 @@ class Assignment(NamedTuple):
             self.places[kept],
             self.ordinals[kept],
             self.dynamic[kept],
+            self.follows[kept],
             self.is_plain,
             self.any_dynamic,
         )
@@ -175,6 +177,7 @@ def _assign(
         fused_places,
         np.array([member.ordinal for member in members]),
         dynamic,
+        np.array([not row.scores_prompt for row in rows]),
         bool((fused_places == NOT_FUSED).all()),
         bool(dynamic.any()),
     )

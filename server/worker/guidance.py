@@ -18,18 +18,14 @@ from server.run_directory import EXPLAIN
 from server.worker.assignment import Assignment, FusedRows, assign
 from server.worker.explanations import Explained, Explanations
 from server.worker.fused import FusedBatch
-from server.worker.network import Rows, Scores, ValueNetwork
+from server.worker.network import Rows, ValueNetwork
 from server.worker.residency import Residency
 from server.worker.row import GuidedRow
-from server.worker.soundness import NOT_FINITE, are_finite, soundness
+from server.worker.soundness import soundness
 from value_models.combine import add_value_logits
 from value_models.explain import explain
 
 logger = init_logger(__name__)
-
-SCORED_AT_ONCE = 256
-"""Positions of a prompt, by one network; of several the fewer: the logits of all are tensors of
-`[positions, num_networks, vocab_size]`."""
 
 
 class Batch(NamedTuple):
@@ -48,6 +44,7 @@ class Guidance:
     """The rows that chose value networks, and one decoding step of theirs.
 
     Attributes:
+        residency, device: as given.
         any_ended: whether `ended` may be true of any row.
         explanations: of rows whose next token is about to be sampled.
     """
@@ -59,8 +56,8 @@ class Guidance:
             device: where logits are.
             run_dir: where explanations are written; None: nobody asks for any.
         """
-        self._residency = residency
-        self._device = device
+        self.residency = residency
+        self.device = device
         self.any_ended = False
         self.explanations = Explanations((run_dir or Path()) / EXPLAIN)
         self._rows: dict[int, GuidedRow] = {}
@@ -75,25 +72,25 @@ class Guidance:
     def release(self, row: GuidedRow) -> None:
         """Forget a row that left the batch; it may come back as a new one."""
         for chosen in row.choice.networks:
-            network = self._residency.find(chosen.name, chosen.version)
+            network = self.residency.find(chosen.name, chosen.version)
             if network is not None:
                 network.release(row.slot)
 
     def arrange(self, rows: dict[int, GuidedRow]) -> None:
         """Take note of where guided rows now are in the batch: index -> row."""
-        self._rows, self._revision = rows, self._residency.revision
+        self._rows, self._revision = rows, self.residency.revision
         ordered = sorted(rows.items())
         self._controlled = [(index, row) for index, row in ordered if row.control is not None]
         self.any_ended = any(map(self.ended, rows.values()))
         fused = [(i, r) for i, r in ordered if r.is_fused and (r.active or r.choice.explain)]
-        self._fused = FusedRows.of(fused, self._device) if fused else None
-        self._assignments = assign(ordered, self._fused, self._residency.find, self._device)
+        self._fused = FusedRows.of(fused, self.device) if fused else None
+        self._assignments = assign(ordered, self._fused, self.residency.find, self.device)
         self._failure_tokens = (
-            torch.tensor(list(rows), dtype=torch.int64, device=self._device),
+            torch.tensor(list(rows), dtype=torch.int64, device=self.device),
             torch.tensor(
                 [row.choice.failure_token_id for row in rows.values()],
                 dtype=torch.int64,
-                device=self._device,
+                device=self.device,
             ),
         )
 
@@ -112,7 +109,7 @@ class Guidance:
         newest = cache(batch.last_tokens.tolist)  # waits for the device: once, and only if asked
         self._soundness.begin_step()
         turned = self._follow_controls(batch, newest) if self._controlled else False
-        if turned or self._revision != self._residency.revision:
+        if turned or self._revision != self.residency.revision:
             self.arrange(self._rows)
         logits = logits.to(torch.float32)
         fused = None if self._fused is None else self._fused.take(logits)
@@ -129,28 +126,18 @@ class Guidance:
                     row.failed = True
         if self._failure_tokens is not None:
             logits.index_put_(self._failure_tokens, self._excluded)
-            self._soundness.settle(logits, *self._failure_tokens)
+            self._soundness.end_rows(logits, *self._failure_tokens)
         return logits
 
-    def score_prompt(self, row: GuidedRow, logits: torch.Tensor, start: int) -> torch.Tensor:
-        """Return guided logits behind the tokens of a prompt.
+    def end_unsound(self, logits: torch.Tensor) -> None:
+        """End rows of this step's answers that were not finite, once more: masks came since.
 
         Args:
-            logits: `[num_positions, vocab_size]` of the target.
-            start: the first token's place in the prompt.
-
-        Returns:
-            float32 `[num_positions, vocab_size]`; NaN if a network fails, or has.
+            logits: float32 `[num_rows, vocab_size]` of the step, after all masks of vLLM's.
         """
-        guided = logits.to(torch.float32)
-        at_once = SCORED_AT_ONCE // len(row.choice.networks)
-        for offset in range(0, len(guided), at_once):
-            piece = guided[offset : offset + at_once]
-            piece.copy_(self._score_positions(row, piece, start + offset))
-            if self.ended(row):
-                self.any_ended = True
-                return guided.fill_(float("nan"))
-        return guided
+        if self._failure_tokens is not None:
+            self._soundness.end_rows(logits, *self._failure_tokens)
+            self._soundness.forget()
 
     def ended(self, row: GuidedRow) -> bool:
         """Whether a row cannot go on.
@@ -162,7 +149,7 @@ class Guidance:
             return True
         if row.is_done:
             return False
-        networks = [self._residency.find(c.name, c.version) for c in row.choice.networks]
+        networks = [self.residency.find(c.name, c.version) for c in row.choice.networks]
         return any(network is None or network.failure is not None for network in networks) or any(
             translation.outgrown for translation in row.translations.values()
         )
@@ -170,9 +157,16 @@ class Guidance:
     def fail(self, reason: str, *networks: ValueNetwork) -> None:
         """Mark networks as failed; without any, all of them: the step itself is broken."""
         self.any_ended = True
-        for network in networks or self._residency.networks():
+        for network in networks or self.residency.networks():
             network.fail(reason)
             logger.error("value network %s failed: %s", network, reason)
+
+    def caught(self, network: ValueNetwork, error: BaseException) -> None:
+        """Mark a network that threw as failed: whatever it is, it must not reach the engine."""
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise error
+        logger.exception("value network %s threw", network)
+        self.fail(f"it threw {type(error).__name__}: {error}", network)
 
     def collect(self) -> None:
         """Learn what the device has found out: whether networks' logits were finite."""
@@ -219,8 +213,8 @@ class Guidance:
                     columns = network.translator.columns(scored.translations)
             if owed is not None:
                 network.read(owed)
-        except BaseException as error:  # whatever it is, it must not reach the engine
-            self._caught(network, error)
+        except BaseException as error:
+            self.caught(network, error)
             return
         if not len(scored.rows) or not self._soundness.admits(network, scores, scored.index):
             return
@@ -264,101 +258,6 @@ class Guidance:
         found = explain(fused.target, guided.logits, fused.values, guided.weights, fused.restricted)
         self.explanations.note(notes, found, guided.weights, guided.fusion)
 
-    def _score_positions(self, row: GuidedRow, target: torch.Tensor, start: int) -> torch.Tensor:
-        """`score_prompt` for as many positions as are scored at once."""
-        choice, num_positions = row.choice, len(target)
-        fused = FusedBatch(target, len(choice.networks))
-        for ordinal, chosen in enumerate(choice.networks):
-            network = self._residency.find(chosen.name, chosen.version)
-            if network is None or network.failure is not None:
-                break
-            try:
-                if network.translator is None:
-                    scores = network.score_history(
-                        row.slot, row.tokens, start, start + num_positions, choice.dynamic
-                    )
-                    places, columns = torch.arange(num_positions, device=self._device), None
-                else:
-                    read = self._score_translated(row, network, start, num_positions)
-                    if read is None:
-                        continue
-                    places, scores, columns = read
-            except BaseException as error:  # whatever it is, it must not reach the engine
-                self._caught(network, error)
-                break
-            if not are_finite(scores):
-                self.fail(NOT_FINITE, network)
-                break
-            fused.add(places, torch.full_like(places, ordinal), scores.value, columns)
-            if scores.distances is not None:
-                fused.add_distances(places, torch.full_like(places, ordinal), scores.distances)
-        scales = target.new_tensor([[chosen.scale for chosen in choice.networks]] * num_positions)
-        every = torch.arange(num_positions, device=self._device) if choice.dynamic else None
-        floor = target.new_full((num_positions, 1), choice.floor) if choice.floor else None
-        return fused.guide(scales, every, floor).logits
-
-    def _score_translated(
-        self, row: GuidedRow, network: ValueNetwork, start: int, num_positions: int
-    ) -> tuple[torch.Tensor, Scores, torch.Tensor] | None:
-        """Score a prompt by a network of another vocabulary.
-
-        As long as positions just add to the network's tokens they are scored together. Where one
-        ends in other tokens than the next one goes on with, what comes next is computed anew.
-        """
-        network.release(row.slot)  # it may have read further, with another end
-        reading = network.translator.follow(row.tokens)
-        ids: list[int] = []
-        ends: list[int] = []  # of the positions that wait to be scored, in `ids`
-        places, scores, readings = [], [], []
-
-        def score() -> None:
-            if ends:
-                value, distances = network.score_history(
-                    row.slot, lambda a, b: ids[a:b], ends[0] - 1, ends[-1], row.choice.dynamic
-                )
-                wanted = torch.tensor([end - ends[0] for end in ends], device=self._device)
-                distances = None if distances is None else distances[wanted]
-                scores.append(Scores(value[wanted], distances))
-                ends.clear()
-
-        for place in range(num_positions):
-            length = start + place + 1
-            kept = reading.advance(length, lambda length=length: row.tokens(length - 1, length)[0])
-            end = len(reading.ids)
-            if kept < len(ids) or (ends and end - ends[0] >= SCORED_AT_ONCE):
-                score()
-                network.rewind(row.slot, kept)
-            ids[kept:] = reading.ids[kept:]
-            if reading.waiting:
-                continue
-            if end > network.max_context:  # the whole prompt may be shorter than its beginning
-                row.translation(network).outgrown = True
-                break
-            ends.append(end)
-            places.append(place)
-            readings.append(network.translator.columns([reading]))
-        score()
-        network.release(row.slot)
-        if not places:
-            return None
-        columns = readings[0]
-        if any(found.dim() == 2 for found in readings):
-            columns = torch.stack([found.view(-1, found.shape[-1])[0] for found in readings])
-        return (
-            torch.tensor(places, device=self._device),
-            Scores(
-                torch.cat([score.value for score in scores]),
-                torch.cat([score.distances for score in scores]) if row.choice.dynamic else None,
-            ),
-            columns,
-        )
-
-    def _caught(self, network: ValueNetwork, error: BaseException) -> None:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise error
-        logger.exception("value network %s threw", network)
-        self.fail(f"it threw {type(error).__name__}: {error}", network)
-
     def _divide(
         self, assignment: Assignment, batch: Batch, newest: Callable[[], list[int]]
     ) -> tuple[Assignment, Rows | None]:
@@ -374,7 +273,7 @@ class Guidance:
         scored = assignment.only(ready)
         if scored is assignment or sampled.all():
             return scored, None
-        owing = ~sampled
+        owing = assignment.follows & ~sampled
         if assignment.network.translator is not None:
             owing &= [bool(row.num_stable) and not row.outgrown for row in assignment.translations]
         owed = self._rows_of(assignment.only(owing), batch)
@@ -405,7 +304,7 @@ class Guidance:
     def _rows_of(self, assignment: Assignment, batch: Batch) -> Rows:
         """Return rows as their network reads them."""
         if assignment.network.translator is not None:
-            return _translated(assignment, self._device)
+            return _translated(assignment, self.device)
         lengths, last_tokens = batch.lengths, batch.last_tokens
         if len(assignment.rows) != len(lengths):
             lengths, last_tokens = lengths[assignment.rows], last_tokens[assignment.index]

@@ -182,7 +182,11 @@ class NetworkModel:
             else:
                 forwards.keep(self._model, self.config)
             yield
-        yield from self._forward.capture(forwards.graphs)
+        try:
+            yield from self._forward.capture(forwards.graphs)
+        except RuntimeError:  # of CUDA: a model that runs without graphs is not to be refused
+            logger.warning("%s: runs without CUDA graphs", self.path, exc_info=True)
+            return
         if self._forward.has_graphs and not _alike(self._try(eager=False), eager):
             logger.warning("%s: its CUDA graphs are off, running without them", self.path)
             self._forward.forget_graphs()

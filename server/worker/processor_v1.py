@@ -78,11 +78,12 @@ class V1Processor(LogitsProcessor):
         Args:
             logits: float32 `[num_rows, vocab_size]`.
         """
-        if self._runner is not None and not self._guidance.any_ended:
-            return logits
-        for index, row in self._rows.items():
-            if self._runner is None or self._guidance.ended(row):
-                end_row(logits, index, row)
+        if self._runner is None or self._guidance.any_ended:
+            for index, row in self._rows.items():
+                if self._runner is None or self._guidance.ended(row):
+                    end_row(logits, index, row)
+        with self.steering.contained("ending requests"):
+            self._guidance.end_unsound(logits)
         return logits
 
     def _new_row(

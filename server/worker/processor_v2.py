@@ -102,13 +102,15 @@ class V2Processor(LogitsProcessor):
         Args:
             logits: float32 `[num_rows, vocab_size]`.
         """
-        if not self._rows or (self._runner is not None and not self._guidance.any_ended):
+        if not self._rows:
             return logits
         with self.steering.contained("ending requests"):
-            for index, slot in enumerate(ctx.idx_mapping_np.tolist()):
-                row = self._rows.get(slot)
-                if row is not None and self._guidance.ended(row):
-                    end_row(logits, index, row)
+            if self._runner is None or self._guidance.any_ended:
+                for index, slot in enumerate(ctx.idx_mapping_np.tolist()):
+                    row = self._rows.get(slot)
+                    if row is not None and self._guidance.ended(row):
+                        end_row(logits, index, row)
+            self._guidance.end_unsound(logits)
         return logits
 
     def _guide_sampler(self, sampler: Any) -> None:

@@ -18,6 +18,7 @@ class GuidedRow:
         translations: the row as networks of another vocabulary read it.
         control: when its guidance begins and ends; None: from first to last.
         failed: it could not be guided, though its networks are sound.
+        scores_prompt: its prompt's log-probabilities are wanted: its networks read it for them.
     """
 
     def __init__(
@@ -25,11 +26,13 @@ class GuidedRow:
         choice: Choice,
         history: History,
         spelling: TokenBytes | None = None,
+        scores_prompt: bool = False,
     ) -> None:
         self.choice = choice
         self.history = history
         self.slot: int | None = None
         self.failed = False
+        self.scores_prompt = scores_prompt
         self.translations: dict[ValueNetwork, TranslatedRow] = {}
         self.control: Control | None = None
         if choice.after or choice.until_tokens is not None or choice.until_text is not None:

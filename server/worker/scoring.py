@@ -23,6 +23,7 @@ import torch
 from vllm.logger import init_logger
 
 from server.worker.guidance import Guidance
+from server.worker.prompt_scores import PromptScorer
 from server.worker.row import GuidedRow
 
 if TYPE_CHECKING:
@@ -41,13 +42,14 @@ def guide_prompt_scores(
 ) -> None:
     """Have the runner's prompt log-probabilities guided, for rows that are: index -> row."""
     original = runner._get_prompt_logprobs_dict
+    scorer = PromptScorer(guidance)
 
     def prompt_logprobs(
         hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]
     ) -> dict[str, Any]:
         if not rows or not runner.num_prompt_logprobs:
             return original(hidden_states, num_scheduled_tokens)
-        with _guided_logits(runner, guidance, rows, hidden_states):
+        with _guided_logits(runner, scorer, rows, hidden_states):
             return original(hidden_states, num_scheduled_tokens)
 
     runner._get_prompt_logprobs_dict = prompt_logprobs
@@ -56,7 +58,7 @@ def guide_prompt_scores(
 @contextmanager
 def _guided_logits(
     runner: "GPUModelRunner",
-    guidance: Guidance,
+    scorer: PromptScorer,
     rows: Mapping[int, GuidedRow],
     hidden_states: torch.Tensor,
 ) -> Iterator[None]:
@@ -73,7 +75,7 @@ def _guided_logits(
             if row is None:
                 return logits
             computed = int(runner.input_batch.num_computed_tokens_cpu[index])
-            return guidance.score_prompt(row, logits, computed + first - int(starts[index]))
+            return scorer.score(row, logits, computed + first - int(starts[index]))
         except Exception:  # an exception here would end the engine and every request
             # What has failed is this request, and NaN says so; its networks steer others well.
             logger.exception("guidance: scoring a prompt threw")
@@ -90,6 +92,7 @@ def guide_prompt_worker(
     worker: "PromptLogprobsWorker", guidance: Guidance, rows: Mapping[int, GuidedRow]
 ) -> None:
     """Have the V2 runner's prompt log-probabilities guided, for rows that are: slot -> row."""
+    scorer = PromptScorer(guidance)
     of_likeliest = worker.compute_prompt_logprobs
     of_given = worker.compute_prompt_token_id_logprobs
 
@@ -98,7 +101,7 @@ def guide_prompt_worker(
     ) -> dict[str, Any]:
         asked = np.flatnonzero(worker.uses_prompt_logprobs[input_batch.idx_mapping_np])
         spans = _spans(input_batch, rows, asked.tolist())
-        logits_fn = _guiding(logits_fn, guidance, hidden_states, spans)
+        logits_fn = _guiding(logits_fn, scorer, hidden_states, spans)
         return of_likeliest(logits_fn, hidden_states, input_batch, *rest)
 
     def compute_prompt_token_id_logprobs(
@@ -108,7 +111,7 @@ def guide_prompt_worker(
         req_ids = input_batch.req_ids if asking else ()
         asked = [index for index, req_id in enumerate(req_ids) if req_id in asking]
         spans = _spans(input_batch, rows, asked)
-        logits_fn = _guiding(logits_fn, guidance, hidden_states, spans)
+        logits_fn = _guiding(logits_fn, scorer, hidden_states, spans)
         return of_given(logits_fn, hidden_states, input_batch, *rest)
 
     worker.compute_prompt_logprobs = compute_prompt_logprobs
@@ -145,7 +148,7 @@ def _spans(batch: "InputBatch", rows: Mapping[int, GuidedRow], asked: Iterable[i
 
 def _guiding(
     logits_of: _LogitsOf,
-    guidance: Guidance,
+    scorer: PromptScorer,
     hidden_states: torch.Tensor,
     spans: Sequence[_Span],
 ) -> _LogitsOf:
@@ -166,7 +169,7 @@ def _guiding(
                 continue
             try:
                 start = span.start + begin - span.begin
-                piece.copy_(guidance.score_prompt(span.row, piece, start))
+                piece.copy_(scorer.score(span.row, piece, start))
             except Exception:  # as in the V1 runner
                 logger.exception("guidance: scoring a prompt threw")
                 piece.fill_(float("nan"))

@@ -27,14 +27,17 @@ class Soundness(Protocol):
             rows: int64 `[num_rows]` on the device, whose they are in the batch.
         """
 
-    def settle(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
-        """End the rows whose scores should not have been used, before they are sampled.
+    def end_rows(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
+        """End the rows whose scores in this step should not have been used.
 
         Args:
             logits: float32 `[num_rows, vocab_size]` of the step, changed in place.
             rows, failure_ids: int64 `[num_guided]` on the device, all guided rows and the tokens
                 that end them.
         """
+
+    def forget(self) -> None:
+        """All rows of this step that are to be ended have been."""
 
     def begin_step(self) -> None:
         """Have networks failed whose answers turned out not to be finite some steps ago."""
@@ -64,7 +67,10 @@ class Immediate:
         self._fail(NOT_FINITE, network)
         return False
 
-    def settle(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
+    def end_rows(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
     def begin_step(self) -> None:
@@ -108,18 +114,21 @@ class Deferred:
         self._verdicts.append(_Verdict(network, self._step, on_host, arrived))
         return True
 
-    def settle(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
+    def end_rows(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
         if not self._finite:
             return
         broken = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         for scored, finite in self._finite:
             broken[scored] |= ~finite
-        self._finite.clear()
         logits.masked_fill_(broken[:, None], float("-inf"))
         forced = torch.where(broken[rows], FORCED, logits[rows, failure_ids])
         logits.index_put_((rows, failure_ids), forced)
 
+    def forget(self) -> None:
+        self._finite.clear()
+
     def begin_step(self) -> None:
+        self.forget()
         self._step += 1
         self._take(self._step - LAG)
 

@@ -63,7 +63,8 @@ class Steering:
         if choice is None:
             return None
         spelling = None if choice.until_text is None else self._spelling
-        return GuidedRow(choice, history, spelling)
+        scores = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+        return GuidedRow(choice, history, spelling, scores)
 
     def begin_step(self) -> None:
         """Keep track of how long a step takes: loading takes its share of that."""

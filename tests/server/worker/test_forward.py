@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from server.worker.blocks import BLOCK_SIZE
+from server.worker.compilation import CompiledForwards
 from server.worker.forward import Forward
 from server.worker.graphs import DecodeGraphs, DecodeInputs, GraphMemory
+from server.worker.loading import finish
 from server.worker.model import NetworkModel
 from tests.models import make_model, make_network
 from tests.server.worker.alone import (
@@ -143,6 +145,44 @@ def test_models_of_one_shape_share_the_inputs_of_their_graphs() -> None:
     memory, device = GraphMemory(), torch.device("cpu")
     first, second, other = (Replayed([1, 4], blocks, memory, device) for blocks in (6, 6, 7))
     assert first._inputs is second._inputs and first._inputs is not other._inputs
+
+
+def test_a_model_whose_graphs_cannot_be_captured_runs_without(
+    model: NetworkModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Replayed):
+        def capture(self, size: int, run: Callable[[DecodeInputs], torch.Tensor]) -> None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    warm_up(model, Broken, monkeypatch)
+    assert not model._forward.has_graphs
+    assert_scored(model, histories(40, 50))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_graphs_that_compute_something_else_are_off(
+    model: NetworkModel, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    class Graphs(Replayed):
+        def replay(self, size: int) -> torch.Tensor:
+            hidden = super().replay(size)
+            return -hidden if wrong else hidden
+
+    warm_up(model, Graphs, monkeypatch)
+    assert model._forward.has_graphs is not wrong
+    rows = histories(40, 50)
+    model.score(rows_of(rows))
+    assert_scored(model, grow(rows, 14))
+
+
+def warm_up(
+    model: NetworkModel, graphs: type[DecodeGraphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Try the model again, as on a device where vLLM captures graphs."""
+    monkeypatch.setattr("server.worker.forward.DecodeGraphs", graphs)
+    monkeypatch.setattr("server.worker.forward.graph_sizes", lambda *_: [2, 8])
+    model.table.block_ids[0] = 0  # as in a table that no row has used
+    finish(model.warm_up(CompiledForwards()))
 
 
 def test_nothing_is_captured_where_vllm_captures_nothing(model: NetworkModel) -> None:

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from server.choice import Choice, ChosenNetwork
-from server.worker.guidance import SCORED_AT_ONCE, Batch, Guidance
+from server.worker.guidance import Batch, Guidance
 from server.worker.history import ListedHistory
 from server.worker.mirror import MirroredHistory, TokenMirror
 from server.worker.network import ValueNetwork
+from server.worker.prompt_scores import SCORED_AT_ONCE, PromptScorer
 from server.worker.residency import Residency
 from server.worker.row import GuidedRow
 from server.worker.scoring import guide_prompt_scores, guide_prompt_worker
@@ -86,7 +87,7 @@ def test_a_prompt_whose_beginning_is_too_long_ends_its_request_only(worker: Resi
     choice, (network,) = chosen(worker, "mapped")
     prompt = shrinking_prompt(network)
     guidance, row = guided(worker, choice, prompt)
-    scores = guidance.score_prompt(row, torch.zeros(len(prompt) - 1, VOCAB), 0)
+    scores = PromptScorer(guidance).score(row, torch.zeros(len(prompt) - 1, VOCAB), 0)
     assert scores.isnan().all()
     assert guidance.ended(row) and guidance.any_ended
     assert network.failure is None
@@ -103,7 +104,7 @@ def test_a_score_that_cannot_be_made_fails_no_network(
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(guidance, "_score_positions", out_of_memory)
+    monkeypatch.setattr(PromptScorer, "score", out_of_memory)
     model = SimpleNamespace(compute_logits=lambda hidden: torch.zeros(len(hidden), VOCAB))
     runner: Any = SimpleNamespace(
         model=model,
@@ -160,7 +161,7 @@ def test_several_networks_take_no_more_memory_than_one(
 
         monkeypatch.setattr(network, "score_history", recorded)
     logits = torch.zeros(CONTEXT - 1, VOCAB)
-    guidance.score_prompt(row, logits, 0)
+    PromptScorer(guidance).score(row, logits, 0)
     assert max(sizes) * len(networks) <= SCORED_AT_ONCE
     assert sum(sizes) == len(networks) * (CONTEXT - 1)
 
@@ -182,7 +183,9 @@ def test_a_network_of_another_vocabulary_scores_what_just_grows_together(
     monkeypatch.setattr(network, "score_history", recorded)
     # In two chunks; they end and begin wherever it may be.
     parts = [(0, 31), (31, len(prompt) - 1)]
-    found = torch.cat([guidance.score_prompt(row, torch.zeros(b - a, VOCAB), a) for a, b in parts])
+    found = torch.cat(
+        [PromptScorer(guidance).score(row, torch.zeros(b - a, VOCAB), a) for a, b in parts]
+    )
     assert network.translator is not None
     reader = network.translator._reader
     plain = AutoModelForCausalLM.from_pretrained(network.folder.path, dtype=torch.float32)

@@ -63,7 +63,7 @@ def test_deferred_rows_are_ended_on_the_device_and_the_host_learns_later() -> No
     logits[2, 1] = float("nan")
     expected = logits.clone()
     failure_ids = torch.tensor([5, 5, 4])
-    sound.settle(logits, index, failure_ids)
+    sound.end_rows(logits, index, failure_ids)
     assert not failed
     assert torch.equal(logits[[0, 1, 3]], expected[[0, 1, 3]])
     assert logits[2].argmax() == 5 and (logits[2] == -INF).sum() == VOCAB - 1
@@ -71,16 +71,30 @@ def test_deferred_rows_are_ended_on_the_device_and_the_host_learns_later() -> No
     assert failed == [broken] and broken.failure == NOT_FINITE and whole.failure is None
 
 
-def test_deferred_steps_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("between", ["forget", "begin_step"])
+def test_deferred_steps_do_not_see_each_other(between: str) -> None:
     sound = Deferred(failing([]))
     index = torch.tensor([1, 2, 3])
     sound.admits(Network(), scores(0), index)
-    sound.settle(torch.zeros(ROWS, VOCAB), index, torch.tensor([5, 5, 5]))
+    sound.end_rows(torch.zeros(ROWS, VOCAB), index, torch.tensor([5, 5, 5]))
+    getattr(sound, between)()
     sound.admits(Network(), scores(), index)
     logits = torch.randn(ROWS, VOCAB)
     expected = logits.clone()
-    sound.settle(logits, index, torch.tensor([5, 5, 5]))
+    sound.end_rows(logits, index, torch.tensor([5, 5, 5]))
     assert torch.equal(logits, expected)
+
+
+def test_rows_are_ended_again_behind_masks_that_came_since() -> None:
+    """`min_tokens` excludes the failure token, which is among the stop tokens."""
+    sound = Deferred(failing([]))
+    index = torch.tensor([0, 1, 2])
+    sound.admits(Network(), scores(1), index)
+    logits, failure_ids = torch.zeros(ROWS, VOCAB), torch.tensor([5, 5, 5])
+    sound.end_rows(logits, index, failure_ids)
+    logits[:, 5] = -INF
+    sound.end_rows(logits, index, failure_ids)
+    assert logits[1].argmax() == 5 and logits[0, 5] == -INF
 
 
 def test_a_verdict_is_read_in_a_step_that_all_workers_agree_on() -> None:
