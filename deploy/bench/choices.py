@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -156,31 +157,28 @@ def undone(name: str, which: Steps) -> Iterator[None]:
     from server.worker.model import NetworkModel
 
     forward = which.model._forward
-    match name:
-        case _ if name == SLOW_BLOCKS:
+    if name == SLOW_BLOCKS:
+        changed = patch.object(NetworkModel, "_make_room", _has_room)
+    elif name == LAID_OUT:
+        changed = patch.object(forward, "_rows_of", partial(_lay_out_anew, forward))
+    elif name == TWO_PASSES:
+        changed = patch.object(guidance, "add_value_logits", _add_in_two_passes)
+    elif name == UNCOMPILED:
+        changed = patch.object(forward, "eager", True)
+    else:  # as it is, or loaded in another way
+        yield
+        return
+    with changed:
+        yield
 
-            def fits(model: NetworkModel, rows: Any) -> bool:
-                return bool((rows.lengths <= model.table.capacity[rows.slots]).all())
 
-            with patch.object(NetworkModel, "_make_room", fits):
-                yield
-        case _ if name == LAID_OUT:
-            lay_out = forward._rows_of
+def _has_room(model: Any, rows: Any) -> bool:
+    return bool((rows.lengths <= model.table.capacity[rows.slots]).all())
 
-            def rows_of(slots: np.ndarray) -> Any:
-                forward._decode_rows = None
-                return lay_out(slots)
 
-            with patch.object(forward, "_rows_of", rows_of):
-                yield
-        case _ if name == TWO_PASSES:
-            with patch.object(guidance, "add_value_logits", _add_in_two_passes):
-                yield
-        case _ if name == UNCOMPILED:
-            with patch.object(forward, "eager", True):
-                yield
-        case _:
-            yield
+def _lay_out_anew(forward: Any, slots: np.ndarray) -> Any:
+    forward._decode_rows = None
+    return type(forward)._rows_of(forward, slots)
 
 
 def _add_in_two_passes(

@@ -275,10 +275,12 @@ class Guidance:
             return scored, None
         owing = assignment.follows & ~sampled
         if assignment.network.translator is not None:
-            owing &= [bool(row.num_stable) and not row.outgrown for row in assignment.translations]
+            # A beginning may be longer than the whole prompt, and what may be rewritten waits.
+            longest = assignment.network.max_context
+            owing &= [0 < row.num_stable <= longest for row in assignment.translations]
         owed = self._rows_of(assignment.only(owing), batch)
         if assignment.network.translator is not None:
-            owed = owed._replace(lengths=owed.num_stable)  # what may be rewritten is read later
+            owed = owed._replace(lengths=owed.num_stable)
         return scored, owed
 
     def _advance(
@@ -295,9 +297,8 @@ class Guidance:
             index = assignment.rows[i]
             kept = row.advance(int(batch.lengths[index]), lambda index=index: newest()[index])
             network.rewind(assignment.slots[i], kept)
-            if not row.waiting and len(row.ids) > network.max_context:
-                row.outgrown = True
-                self.any_ended |= bool(ready[i])
+            if ready[i] and not row.waiting and len(row.ids) > network.max_context:
+                row.outgrown = self.any_ended = True
             ready[i] &= not (row.waiting or row.outgrown)
         return ready
 
