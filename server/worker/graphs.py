@@ -13,6 +13,11 @@ import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.parallel_state import graph_capture
 
+from server.worker.blocks import BLOCK_SIZE
+
+PADDING_PLACE = BLOCK_SIZE - 1
+"""Where rows that fill up a graph write: the null block's last place, which no trial run uses."""
+
 
 class DecodeInputs(NamedTuple):
     """What a decoding step of a model reads, on the device; one token a row."""
@@ -31,7 +36,7 @@ class DecodeInputs(NamedTuple):
         return cls(
             torch.zeros(num_rows, **int32),
             torch.zeros(num_rows, dtype=torch.int64, device=device),
-            torch.zeros(num_rows, dtype=torch.int64, device=device),
+            torch.full((num_rows,), PADDING_PLACE, dtype=torch.int64, device=device),
             torch.ones(num_rows, **int32),
             torch.arange(num_rows + 1, **int32),
             torch.zeros(num_rows, max_blocks, **int32),
@@ -54,7 +59,7 @@ class DecodeInputs(NamedTuple):
         self.block_ids[:num_rows, : rows.block_ids.shape[1]].copy_(rows.block_ids)
         if num_rows < len(self.tokens):
             self.positions[num_rows:].zero_()
-            self.slot_mapping[num_rows:].zero_()
+            self.slot_mapping[num_rows:].fill_(PADDING_PLACE)
             self.lengths[num_rows:].fill_(1)
             self.block_ids[num_rows:, 0].zero_()
 

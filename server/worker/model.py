@@ -195,7 +195,9 @@ class NetworkModel:
         """Return float32 logits of a decoding step of a few rows, compiled and captured or not."""
         # Two rows at least: torch.compile would take a size of 1 for a constant.
         num_rows = min(8, self._max_rows)
-        slots, positions = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=np.int32)
+        slots = np.zeros(num_rows, dtype=np.int64)
+        # Each writes a place of its own: of several in one place, threads decide which one stays.
+        positions = np.arange(num_rows, dtype=np.int32)
         tokens = torch.arange(num_rows, device=self._device, dtype=torch.int32) % self.vocab_size
         self._forward.eager = eager
         with torch.inference_mode(), set_current_vllm_config(self.config, check_compile=False):

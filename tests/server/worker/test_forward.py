@@ -136,6 +136,18 @@ def test_graphs_are_filled_up_with_rows_that_change_nothing(
         assert set(changed.tolist()) == written
 
 
+def test_a_trial_run_comes_to_the_same_whatever_threads_do(model: NetworkModel) -> None:
+    """Else a compiled forward would be taken for a wrong one at times, and not be used."""
+    model.table.block_ids[0] = 0
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        first, *others = (model._try(eager=True) for _ in range(20))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_sizes_that_rows_are_replayed_at() -> None:
     graphs = Replayed([1, 2, 4, 8], 4, GraphMemory(), torch.device("cpu"))
     assert [graphs.size_for(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, None]
@@ -180,7 +192,7 @@ def warm_up(
 ) -> None:
     """Try the model again, as on a device where vLLM captures graphs."""
     monkeypatch.setattr("server.worker.forward.DecodeGraphs", graphs)
-    monkeypatch.setattr("server.worker.forward.graph_sizes", lambda *_: [2, 8])
+    monkeypatch.setattr("server.worker.forward.graph_sizes", lambda *_: [2, 16])
     model.table.block_ids[0] = 0  # as in a table that no row has used
     finish(model.warm_up(CompiledForwards()))
 
