@@ -371,7 +371,7 @@ def test_a_network_that_failed_can_be_loaded_again(engine: GuidedEngine, root: P
 
 def fail(worker: Any, name: str) -> None:
     guidance = worker._processor().steering.guidance
-    network = next(n for n in guidance._residency.networks() if n.folder.name == name)
+    network = next(n for n in guidance.residency.networks() if n.folder.name == name)
     guidance.fail("a test said so", network)
 
 
