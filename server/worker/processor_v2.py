@@ -1,6 +1,7 @@
 """Guidance' adapter to vLLM's V2 model runner.
 
-As in V1's, guidance happens as the sampler is entered, and `apply` ends requests. The rest differs:
+As in V1's, guidance happens before anything else that the sampler does, and `apply` ends requests.
+The rest differs: it happens on the sampler's own copy of the logits, where that has them first;
 a request has a *slot* for as long as it runs, which is `GuidedRow.slot` too; vLLM says when a slot
 is taken, not when it is given back; the batch is put together anew in each step, from slots in any
 order; and tokens are on the device (`server.worker.mirror`).
@@ -9,6 +10,7 @@ Reads vLLM 0.32's `Sampler`, `RequestState`, `StagedWriteTensor` and `InputBatch
 `vllm.v1.worker.gpu`.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +55,7 @@ class V2Processor(LogitsProcessor):
         self._slots = np.empty(0, dtype=np.int64)
         self._changed = False
         self._guided = np.empty(0, dtype=np.int64)
+        self._due: InputBatch | None = None  # is guided on the sampler's copy of its logits
 
     def attach(self, runner: "GPUModelRunner") -> None:
         """Guide at the sampler's door from now on. Harmless when called again.
@@ -114,7 +117,7 @@ class V2Processor(LogitsProcessor):
         return logits
 
     def _guide_sampler(self, sampler: Any) -> None:
-        """Have the sampler called with guided logits.
+        """Have the sampler guide its logits before it does anything else with them.
 
         It is a plain object, which has no hooks, and calls are looked up in its class: it becomes
         one of a class made from its own.
@@ -124,11 +127,15 @@ class V2Processor(LogitsProcessor):
 
         class GuidedSampler(kind):
             def __call__(self, logits: torch.Tensor, input_batch: "InputBatch") -> "SamplerOutput":
-                output = super().__call__(enter(logits, input_batch), input_batch)
+                # Log-probabilities are of the logits that the sampler is called with, not of the
+                # float32 copy that it changes. Without them, one copy of the batch is enough.
+                copies = self.get_logprobs_dims(input_batch.idx_mapping_np) is None
+                output = super().__call__(enter(logits, input_batch, copies), input_batch)
                 leave(output)
                 return output
 
         sampler.__class__ = GuidedSampler
+        sampler.logits_processors.insert(0, _First(self._guide_copy))
 
     def _watch_slots(self, req_states: Any) -> None:
         """Have slots announced that are given back: by requests that end, or are preempted."""
@@ -151,15 +158,31 @@ class V2Processor(LogitsProcessor):
             with self.steering.contained("releasing a request"):
                 self._guidance.release(row)
 
-    def _enter_sampler(self, logits: torch.Tensor, batch: "InputBatch") -> torch.Tensor:
-        """Return the logits that the sampler is to be called with."""
+    def _enter_sampler(
+        self, logits: torch.Tensor, batch: "InputBatch", copies: bool
+    ) -> torch.Tensor:
+        """Return the logits that the sampler is to be called with.
+
+        Args:
+            copies: only a copy that the sampler makes for its processors has to be guided.
+        """
         if not self._rows:
             return logits
         with self.steering.contained("the guidance step"):
             if not self._is_dummy(batch):
                 self._arrange(batch.idx_mapping_np)
                 if len(self._guided):
-                    return self._guidance.step(logits, self._described(batch))
+                    if not copies:
+                        return self._guidance.step(logits, self._described(batch))
+                    self._due = batch
+        return logits
+
+    def _guide_copy(self, logits: torch.Tensor) -> torch.Tensor:
+        """Guide what the sampler's processors are about to change: float32 `[num_rows, vocab]`."""
+        batch, self._due = self._due, None
+        if batch is not None:
+            with self.steering.contained("the guidance step"):
+                return self._guidance.step(logits, self._described(batch))
         return logits
 
     def _leave_sampler(self, output: "SamplerOutput") -> None:
@@ -199,6 +222,19 @@ class V2Processor(LogitsProcessor):
             request_ids=batch.req_ids,
             history=self._req_states.all_token_ids.gpu,
         )
+
+
+class _First(LogitsProcessor):
+    """What vLLM's own processors come after."""
+
+    def __init__(self, guide: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._guide = guide
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        return False  # `V2Processor` says which requests have their logits changed
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        return self._guide(logits)
 
 
 def _staged(tensor: "StagedWriteTensor", slot: int) -> list[int]:

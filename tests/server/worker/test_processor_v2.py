@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from server.run_directory import EXPLAIN
 from server.worker import processor_v2
+from server.worker.guidance import Batch
 from tests.models import (
     TEXT,
     make_mapped_network,
@@ -197,7 +199,7 @@ def test_unguided_rows_are_the_targets_to_the_last_bit(
     engine.ask("a", Ask(prompt(10, 1), 2, "first"))
     engine.ask("b", Ask(prompt(10, 2), 2, None))
     sampled_from, compute = [], engine.runner.model.compute_logits
-    sample, made = engine.runner.sampler.sample, []
+    sample, made = engine.runner.sampler._sample_random, []
 
     def recorded(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sampled_from.append(logits.clone())
@@ -207,11 +209,58 @@ def test_unguided_rows_are_the_targets_to_the_last_bit(
         made.append(compute(hidden))
         return made[-1].clone()
 
-    monkeypatch.setattr(engine.runner.sampler, "sample", recorded)
+    monkeypatch.setattr(engine.runner.sampler, "_sample_random", recorded)
     engine.runner.model.compute_logits = computed
     engine.step("a", "b")
     assert torch.equal(sampled_from[0][1], made[0][1])
     assert not torch.equal(sampled_from[0][0], made[0][0])
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_guidance_takes_no_copy_beside_the_samplers(
+    engine: V2Engine, monkeypatch: pytest.MonkeyPatch, logprobs: int | None
+) -> None:
+    """Log-probabilities are of what the sampler is called with: then it has to be another one."""
+    guidance, sampler = engine.processor.steering.guidance, engine.runner.sampler
+    step, sample, guided, sampled_from = guidance.step, sampler._sample_random, [], []
+
+    def stepped(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        guided.append(step(logits, batch))
+        assert (guided[-1] is logits) == (logprobs is None)
+        return guided[-1]
+
+    def sampled(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sampled_from.append(logits)
+        return sample(logits, *args, **kwargs)
+
+    monkeypatch.setattr(guidance, "step", stepped)
+    monkeypatch.setattr(sampler, "_sample_random", sampled)
+    compute = engine.runner.model.compute_logits
+    engine.runner.model.compute_logits = lambda hidden: compute(hidden).bfloat16()
+    engine.ask("a", Ask(prompt(10, 1), 3, "first", options={"logprobs": logprobs}))
+    engine.ask("b", Ask(prompt(12, 2), 3, None))
+    for _ in range(3):
+        engine.step("a", "b")
+    assert len(guided) == len(sampled_from) == 3
+    assert all((a is b) == (logprobs is None) for a, b in zip(guided, sampled_from, strict=True))
+
+
+def test_penalties_and_biases_see_guided_logits(
+    engine: V2Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, biases = [], engine.runner.sampler.logits_processors[1]
+    apply = biases.apply
+
+    def applied(logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        seen.append(logits.clone())
+        return apply(logits, ctx)
+
+    monkeypatch.setattr(biases, "apply", applied)
+    ask = Ask(prompt(9), 1, "first")
+    engine.ask("a", ask)
+    engine.step("a")
+    expected = engine.reference_logits(ask, engine.output["a"])
+    torch.testing.assert_close(seen[0], expected, atol=2e-3, rtol=1e-3)
 
 
 def test_a_steady_batch_is_arranged_once(engine: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:
