@@ -29,12 +29,12 @@ def main() -> None:
         except (OSError, ValueError) as error:
             sys.exit(str(error))
         return
+    command = shlex.join([*report.environment(), *PROGRAM.split(), *sys.argv[1:]])
     # A plain end would leave the engines behind, stopped and holding their memory.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="trimtab-bench-") as folder:
         answer = QUESTIONS[arguments.question].ask(arguments, Path(folder))
-    command = shlex.join([*PROGRAM.split(), *sys.argv[1:]])
     found = report.compose(arguments.question, command, settings_of(arguments), answer)
     report.show(found)
     if arguments.out:

@@ -184,7 +184,7 @@ class Engine:
         try:
             return self._pipe.recv()
         except EOFError:
-            sys.exit(f"The engine died; the end of its log:\n{self._log.read_text()[-3000:]}")
+            sys.exit(f"The engine died; the end of its log:\n{self._log.read_text()[-12000:]}")
 
     def _signal(self, number: signal.Signals) -> None:
         os.killpg(self._process.pid or 0, number)

@@ -16,6 +16,9 @@ from rich.table import Table as PrintedTable
 
 Cell = str | float | int | bool | None
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16")
+"""Of a CPU, that decide how fast it multiplies which number format."""
+
 
 @dataclass
 class Table:
@@ -122,15 +125,22 @@ def show(found: dict[str, Any]) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """Return what the figures depend on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    models = {line.split(": ")[1] for line in cpuinfo.splitlines() if line.startswith("model name")}
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    flags = facts.get("flags", facts.get("Features", "")).split()
     return {
-        "cpu": ", ".join(sorted(models)) or platform.machine(),
+        "cpu": facts.get("model name", platform.machine()),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
     }
+
+
+def environment() -> list[str]:
+    """Return what the environment says on how vLLM runs, as a shell takes it before a command."""
+    return [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_", "OMP_"))]
 
 
 def versions() -> dict[str, str]:

@@ -35,6 +35,9 @@ from deploy.bench.rounds import (
     tokens_per_second,
 )
 
+VALUE_MEMORY_GB = 6.0
+"""Each network is of a KV shape of its own, and each shape's pool takes half of what is free."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rounds(parser, 7)
@@ -57,7 +60,8 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     networks = make_sized_networks(folder, arguments.sizes, arguments.dtype, num_parameters(target))
     checkpoints = Checkpoints(target, networks, arguments.dtype)
     names = [PLAIN, UNGUIDED, *networks]
-    with plain_and_trimtab(checkpoints, folder) as (plain, trimtab):
+    memory = VALUE_MEMORY_GB
+    with plain_and_trimtab(checkpoints, folder, value_memory_gb=memory) as (plain, trimtab):
 
         def measure(name: str, batch_size: int, number: int) -> Run:
             chosen = (name,) if name in networks else ()

@@ -1,12 +1,13 @@
 """How long running streams wait while a long prompt is read.
 
-Four streams run; in half of the runs a request with a long new prompt joins them. What is
-compared is the longest time that any stream waits for a token. vLLM plain is vLLM at its defaults,
-where a prompt of 4 k tokens is read in one step.
+Four streams run; in half of the runs a request with a long new prompt joins them, which vLLM reads
+in chunks, a step each. What is compared is the longest time that any stream waits for a token.
+Networks follow the target chunk by chunk; beside, they do not, and read a prompt at its end.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from deploy.bench.arguments import add_dtype, add_rounds, within
 from deploy.bench.checkpoints import make_checkpoints
@@ -31,7 +32,8 @@ from deploy.bench.rounds import (
 STREAMS = 4
 POSITIONS = 8192
 QUIET, JOINED = "alone", "joined by a long prompt"
-CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED)
+AT_ONCE = "trimtab guided, prompts read at their end"
+CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED, AT_ONCE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,26 +44,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=within(2, POSITIONS - 1), default=4096, help="of the long prompt (4096)"
     )
+    parser.add_argument(
+        "--chunk",
+        type=within(STREAMS + 1),
+        default=512,
+        help="tokens that vLLM reads in a step, of the prompt and the streams (512)",
+    )
     add_dtype(parser)
 
 
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
     checkpoints = make_checkpoints(folder, arguments.dtype, ["guiding"], POSITIONS)
-    with plain_and_trimtab(checkpoints, folder) as (plain, trimtab):
+    chunk = arguments.chunk
+    with plain_and_trimtab(checkpoints, folder, max_num_batched_tokens=chunk) as (plain, trimtab):
 
         def measure(name: str, case: str, number: int) -> Run:
-            networks = ("guiding",) if name == GUIDED else ()
+            networks = ("guiding",) if name in (GUIDED, AT_ONCE) else ()
             requests = make_requests(STREAMS, arguments.tokens, number, *networks)
             if case == JOINED:
                 # Of each configuration's own, for two of them share an engine and its caches.
                 (long,) = make_requests(1, 1, (number, name), *networks, length=arguments.length)
                 requests.append(long._replace(joins_after=arguments.tokens // 2))
-            return (plain if name == PLAIN else trimtab).run(requests)
+            if name == PLAIN:
+                return plain.run(requests)
+            trimtab.call(read_at_once, name == AT_ONCE)
+            return trimtab.run(requests)
 
         rounds = take_turns([QUIET, JOINED], CONFIGURATIONS, arguments.rounds, measure)
         engine = {"plain": plain.description, "trimtab": trimtab.description}
-    require_guided(rounds, [GUIDED], PLAIN)
+    require_guided(rounds, [GUIDED, AT_ONCE], PLAIN)
     return Answer(
         tables=make_tables(rounds, 1 + checkpoints.share("guiding")),
         models=checkpoints.describe(),
@@ -71,6 +83,15 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
         },
         runs=runs_of(rounds, longest_gap=longest_gap, long_prompt_first_token=first_token),
     )
+
+
+def read_at_once(worker: Any, on: bool) -> None:
+    """Have networks read no prompt before the target has read all of it; runs in the worker."""
+    guidance = worker._processor().steering.guidance
+    divide = type(guidance)._divide
+    vars(guidance).pop("_divide", None)
+    if on:
+        guidance._divide = lambda *arguments: (divide(guidance, *arguments)[0], None)
 
 
 def longest_gap(run: Run) -> float:
@@ -101,7 +122,7 @@ def make_tables(rounds: Rounds[str, Run], limit: float) -> list[Table]:
             "first token of the long prompt": rounded(
                 ratio(rounds[JOINED], name, PLAIN, lambda run: first_token(run) or 0)
             ),
-            "limit": rounded(limit) if name == GUIDED else 1.0,
+            "limit": 1.0 if name == UNGUIDED else rounded(limit),
         }
         for name in CONFIGURATIONS[1:]
     ]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from deploy.bench import __main__ as bench
+from deploy.bench import report
 from deploy.bench.report import Answer, Table
 
 
@@ -40,12 +41,13 @@ def test_an_answer_is_printed_written_and_shown_again(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(report, "environment", lambda: ["OMP_NUM_THREADS=1"])
     run(monkeypatch, "quick", "--out", tmp_path / "quick.json", "--rounds", 5)
     printed = capsys.readouterr().out
     assert "Found" in printed and "1.5" in printed
     found = json.loads((tmp_path / "quick.json").read_text())
     assert (found["question"], found["settings"]) == ("quick", {"rounds": 5})
-    assert found["command"].startswith("python -m deploy.bench quick --out")
+    assert found["command"].startswith("OMP_NUM_THREADS=1 python -m deploy.bench quick --out")
     run(monkeypatch, "show", tmp_path / "quick.json")
     assert capsys.readouterr().out == printed
 

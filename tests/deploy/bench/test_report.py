@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.bench.report import Answer, Plot, Table, compose, read, show, write
+from deploy.bench.report import Answer, Plot, Table, compose, environment, read, show, write
 
 ANSWER = Answer(
     tables=[
@@ -28,6 +28,12 @@ def test_a_result_says_how_it_was_found(written: Path) -> None:
     assert found["command"] == "python -m deploy.bench sizes"
     assert found["settings"] == {"rounds": 3}
     assert found["machine"]["cores"] >= 1 and found["versions"]["torch"]
+
+
+def test_what_the_environment_sets_is_part_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+    assert "VLLM_CPU_OMP_THREADS_BIND=0-1" in environment()
+    assert not any(setting.startswith("PATH=") for setting in environment())
 
 
 def test_a_result_file_can_be_shown_again(

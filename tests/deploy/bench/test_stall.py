@@ -1,8 +1,19 @@
+from types import SimpleNamespace
+
 import pytest
 
 from deploy.bench.engine import Run, Stream
 from deploy.bench.rounds import GUIDED, PLAIN, UNGUIDED
-from deploy.bench.stall import JOINED, QUIET, first_token, longest_gap, make_tables
+from deploy.bench.stall import (
+    AT_ONCE,
+    JOINED,
+    QUIET,
+    first_token,
+    longest_gap,
+    make_tables,
+    read_at_once,
+)
+from server.worker.guidance import Guidance
 
 
 def joined(wait: float) -> Run:
@@ -40,4 +51,14 @@ def test_waits_are_compared_with_and_without_the_prompt() -> None:
     }
 
 
-WAITS = {PLAIN: 1.0, UNGUIDED: 1.0, GUIDED: 1.2}
+def test_networks_can_be_kept_from_reading_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    guidance = Guidance.__new__(Guidance)
+    steering = SimpleNamespace(guidance=guidance)
+    worker = SimpleNamespace(_processor=lambda: SimpleNamespace(steering=steering))
+    monkeypatch.setattr(Guidance, "_divide", lambda self, *arguments: (arguments, "owed"))
+    for on, owed in ((False, "owed"), (True, None), (True, None), (False, "owed")):
+        read_at_once(worker, on)
+        assert guidance._divide(1, 2, 3) == ((1, 2, 3), owed)
+
+
+WAITS = {PLAIN: 1.0, UNGUIDED: 1.0, GUIDED: 1.2, AT_ONCE: 1.4}
