@@ -184,10 +184,10 @@ def make_sized_networks(
     """Write a network of each of these shares of the target's parameters; keys of `WIDTHS`.
 
     Returns:
-        Folders by names like "5.5%".
+        Folders by names like "5.5-percent".
     """
     return {
-        f"{100 * share:g}%": make_network(
+        f"{100 * share:g}-percent": make_network(
             folder / f"share-{share:g}",
             seed=seed,
             **shape_of(share, target_parameters),

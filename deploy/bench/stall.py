@@ -95,8 +95,11 @@ def read_at_once(worker: Any, on: bool) -> None:
 
 
 def longest_gap(run: Run) -> float:
-    """Return the seconds of the longest wait of a running stream."""
-    return max(gap for stream in run.streams[:STREAMS] for gap in stream.gaps)
+    """Return the seconds of the longest wait of a running stream.
+
+    The first is left out: at first they may wait for each other's prompts.
+    """
+    return max(gap for stream in run.streams[:STREAMS] for gap in stream.gaps[1:])
 
 
 def first_token(run: Run) -> float | None:

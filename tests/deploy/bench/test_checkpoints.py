@@ -13,10 +13,12 @@ from deploy.bench.checkpoints import (
     Checkpoints,
     Shape,
     make_large_checkpoints,
+    make_sized_networks,
     num_parameters,
     shape_of,
 )
 from tests.models import make_model
+from value_models.store import check_name, check_network
 
 TOY: Shape = {
     "architecture": "qwen2",
@@ -79,3 +81,11 @@ def test_parameters_are_counted_with_weights_and_without(toy: Checkpoints) -> No
         toy.share("guiding") == described["network_parameters"][0] / described["target_parameters"]
     )
     assert (described["networks"], described["vocab_size"]) == (1, 600)
+
+
+def test_networks_of_several_sizes_can_be_served(tmp_path: Path) -> None:
+    networks = make_sized_networks(tmp_path, (0.01, 0.055), "float32", 104_000_000)
+    assert list(networks) == ["1-percent", "5.5-percent"]
+    for name, folder in networks.items():
+        assert check_name(name) == name
+        assert check_network(folder).num_parameters > 1e6
