@@ -179,7 +179,11 @@ def make_large_checkpoints(
 
 
 def make_sized_networks(
-    folder: Path, shares: Iterable[float], dtype: str, target_parameters: int
+    folder: Path,
+    shares: Iterable[float],
+    dtype: str,
+    target_parameters: int,
+    positions: int = POSITIONS,
 ) -> dict[str, Path]:
     """Write a network of each of these shares of the target's parameters; keys of `WIDTHS`.
 
@@ -191,6 +195,7 @@ def make_sized_networks(
             folder / f"share-{share:g}",
             seed=seed,
             **shape_of(share, target_parameters),
+            max_position_embeddings=positions,
             dtype=dtype,
         )
         for seed, share in enumerate(shares, start=1)

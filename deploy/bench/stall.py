@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bench.arguments import add_dtype, add_rounds, within
-from deploy.bench.checkpoints import make_checkpoints
+from deploy.bench.checkpoints import (
+    WIDTHS,
+    Checkpoints,
+    make_sized_networks,
+    make_target,
+    num_parameters,
+)
 from deploy.bench.engine import Run
 from deploy.bench.report import Answer, Table, rounded, say
 from deploy.bench.rounds import (
@@ -50,21 +56,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=512,
         help="tokens that vLLM reads in a step, of the prompt and the streams (512)",
     )
+    parser.add_argument(
+        "--size",
+        type=float,
+        choices=WIDTHS,
+        default=0.055,
+        help="of the network, for each parameter of the target (0.055)",
+    )
     add_dtype(parser)
 
 
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
-    checkpoints = make_checkpoints(folder, arguments.dtype, ["guiding"], POSITIONS)
+    target = make_target(folder, arguments.dtype, POSITIONS)
+    networks = make_sized_networks(
+        folder, [arguments.size], arguments.dtype, num_parameters(target), POSITIONS
+    )
+    (network,) = networks
+    checkpoints = Checkpoints(target, networks, arguments.dtype)
     chunk = arguments.chunk
     with plain_and_trimtab(checkpoints, folder, max_num_batched_tokens=chunk) as (plain, trimtab):
 
         def measure(name: str, case: str, number: int) -> Run:
-            networks = ("guiding",) if name in (GUIDED, AT_ONCE) else ()
-            requests = make_requests(STREAMS, arguments.tokens, number, *networks)
+            chosen = (network,) if name in (GUIDED, AT_ONCE) else ()
+            requests = make_requests(STREAMS, arguments.tokens, number, *chosen)
             if case == JOINED:
                 # Of each configuration's own, for two of them share an engine and its caches.
-                (long,) = make_requests(1, 1, (number, name), *networks, length=arguments.length)
+                (long,) = make_requests(1, 1, (number, name), *chosen, length=arguments.length)
                 requests.append(long._replace(joins_after=arguments.tokens // 2))
             if name == PLAIN:
                 return plain.run(requests)
@@ -75,7 +93,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
         engine = {"plain": plain.description, "trimtab": trimtab.description}
     require_guided(rounds, [GUIDED, AT_ONCE], PLAIN)
     return Answer(
-        tables=make_tables(rounds, 1 + checkpoints.share("guiding")),
+        tables=make_tables(rounds, 1 + checkpoints.share(network)),
         models=checkpoints.describe(),
         engine=engine,
         checks={
