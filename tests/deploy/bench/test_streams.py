@@ -12,6 +12,7 @@ import pytest
 from deploy.bench.streams import Streams
 
 REQUEST = {"model": "target", "prompt": "a", "max_tokens": 3}
+LAST = '{"a":3,"finish_reason":"length"}'
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def test_each_streams_gaps_are_noted_until_it_is_stopped() -> None:
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         write(handler)
-        for event in ('{"a": 1}', '{"a": 2}', '{"a": 3}', "[DONE]"):
+        for event in ('{"a": 1}', '{"a": 2}', LAST, "[DONE]"):
             steps.wait(0.02)
             handler.wfile.write(f"data: {event}\n\n".encode())
             handler.wfile.flush()
@@ -63,9 +64,23 @@ def test_each_streams_gaps_are_noted_until_it_is_stopped() -> None:
     assert all(gap.end > gap.start for gap in gaps)
 
 
+def test_tokens_may_come_together() -> None:
+    """As they do from a server that is behind: that is no error."""
+    with (
+        answering(lambda handler: write(handler, '{"a": 1}', LAST, "[DONE]")) as (host, port),
+        Streams(host, port, [REQUEST]) as streams,
+    ):
+        assert all(gap.end > gap.start for gap in streams.stop())
+
+
 @pytest.mark.parametrize(
     ("status", "events"),
-    [(404, ['{"error": 1}', "[DONE]"]), (200, ['{"a": 1}', "[DONE]"]), (200, ['{"a": 1}'] * 3)],
+    [
+        (404, ['{"error": 1}', "[DONE]"]),
+        (200, ['{"a": 1}', "[DONE]"]),
+        (200, ['{"a": 1,"finish_reason":"stop"}', "[DONE]"]),
+        (200, ['{"a": 1}', '{"a": 2}', LAST]),
+    ],
 )
 def test_a_stream_that_is_not_what_was_asked_for_is_an_error(
     status: int, events: list[str]
