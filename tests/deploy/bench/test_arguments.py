@@ -28,8 +28,8 @@ def test_batches_are_1_to_64() -> None:
 
 def test_settings_are_what_was_asked_for() -> None:
     arguments = make_parser().parse_args(["stall", "--rounds", "3", "--length", "99"])
-    settings = {"rounds": 3, "tokens": 48, "length": 99, "dtype": "bfloat16"}
-    assert settings_of(arguments) == settings
+    settings = {"rounds": 3, "tokens": 48, "length": 99, "chunk": 512, "size": 0.055}
+    assert settings_of(arguments) == settings | {"dtype": "bfloat16"}
 
 
 def test_no_question_is_an_error() -> None:
