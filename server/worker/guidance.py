@@ -136,8 +136,7 @@ class Guidance:
             logits: float32 `[num_rows, vocab_size]` of the step, after all masks of vLLM's.
         """
         if self._failure_tokens is not None:
-            self._soundness.end_rows(logits, *self._failure_tokens)
-            self._soundness.forget()
+            self._soundness.end_again(logits, *self._failure_tokens)
 
     def ended(self, row: GuidedRow) -> bool:
         """Whether a row cannot go on.

@@ -36,8 +36,11 @@ class Soundness(Protocol):
                 that end them.
         """
 
-    def forget(self) -> None:
-        """All rows of this step that are to be ended have been."""
+    def end_again(
+        self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor
+    ) -> None:
+        """Keep them ended, at the end of the step: masks came since, which may exclude the tokens
+        that end them. Arguments as those of `end_rows`."""
 
     def begin_step(self) -> None:
         """Have networks failed whose answers turned out not to be finite some steps ago."""
@@ -70,7 +73,9 @@ class Immediate:
     def end_rows(self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor) -> None:
         pass
 
-    def forget(self) -> None:
+    def end_again(
+        self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor
+    ) -> None:
         pass
 
     def begin_step(self) -> None:
@@ -100,6 +105,7 @@ class Deferred:
         self._step = 0
         self._verdicts: deque[_Verdict] = deque()
         self._finite: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this step
+        self._broken: torch.Tensor | None = None  # bool [num_rows] of this step, once they ended
 
     def admits(self, network: ValueNetwork, scores: Scores, rows: torch.Tensor) -> bool:
         finite = scores.value.sum(-1, dtype=torch.float32).isfinite()
@@ -121,19 +127,28 @@ class Deferred:
         for scored, finite in self._finite:
             broken[scored] |= ~finite
         logits.masked_fill_(broken[:, None], float("-inf"))
-        forced = torch.where(broken[rows], FORCED, logits[rows, failure_ids])
-        logits.index_put_((rows, failure_ids), forced)
+        _force(logits, broken, rows, failure_ids)
+        self._broken = broken
 
-    def forget(self) -> None:
-        self._finite.clear()
+    def end_again(
+        self, logits: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor
+    ) -> None:
+        # Whatever came since excludes tokens, and brings none back: one number a row is enough.
+        if self._broken is not None:
+            _force(logits, self._broken, rows, failure_ids)
+        self._forget()
 
     def begin_step(self) -> None:
-        self.forget()
+        self._forget()
         self._step += 1
         self._take(self._step - LAG)
 
     def collect(self) -> None:
         self._take(self._step)
+
+    def _forget(self) -> None:
+        self._finite.clear()
+        self._broken = None
 
     def _take(self, last: int) -> None:
         """Take the verdicts of steps up to `last`."""
@@ -143,6 +158,13 @@ class Deferred:
                 arrived.synchronize()
             if network.failure is None and not is_finite:
                 self._fail(NOT_FINITE, network)
+
+
+def _force(
+    logits: torch.Tensor, broken: torch.Tensor, rows: torch.Tensor, failure_ids: torch.Tensor
+) -> None:
+    forced = torch.where(broken[rows], FORCED, logits[rows, failure_ids])
+    logits.index_put_((rows, failure_ids), forced)
 
 
 def soundness(device: torch.device, fail: Callable[[str, ValueNetwork], None]) -> Soundness:

@@ -71,17 +71,22 @@ def test_deferred_rows_are_ended_on_the_device_and_the_host_learns_later() -> No
     assert failed == [broken] and broken.failure == NOT_FINITE and whole.failure is None
 
 
-@pytest.mark.parametrize("between", ["forget", "begin_step"])
-def test_deferred_steps_do_not_see_each_other(between: str) -> None:
+@pytest.mark.parametrize("masked_last", [True, False])
+def test_deferred_steps_do_not_see_each_other(masked_last: bool) -> None:
     sound = Deferred(failing([]))
-    index = torch.tensor([1, 2, 3])
+    index, failure_ids = torch.tensor([1, 2, 3]), torch.tensor([5, 5, 5])
     sound.admits(Network(), scores(0), index)
-    sound.end_rows(torch.zeros(ROWS, VOCAB), index, torch.tensor([5, 5, 5]))
-    getattr(sound, between)()
-    sound.admits(Network(), scores(), index)
+    sound.end_rows(torch.zeros(ROWS, VOCAB), index, failure_ids)
+    if masked_last:
+        sound.end_again(torch.zeros(ROWS, VOCAB), index, failure_ids)
+    else:
+        sound.begin_step()
     logits = torch.randn(ROWS, VOCAB)
     expected = logits.clone()
-    sound.end_rows(logits, index, torch.tensor([5, 5, 5]))
+    sound.end_again(logits, index, failure_ids)  # a batch that nobody guided
+    sound.admits(Network(), scores(), index)
+    sound.end_rows(logits, index, failure_ids)
+    sound.end_again(logits, index, failure_ids)
     assert torch.equal(logits, expected)
 
 
@@ -93,8 +98,9 @@ def test_rows_are_ended_again_behind_masks_that_came_since() -> None:
     logits, failure_ids = torch.zeros(ROWS, VOCAB), torch.tensor([5, 5, 5])
     sound.end_rows(logits, index, failure_ids)
     logits[:, 5] = -INF
-    sound.end_rows(logits, index, failure_ids)
-    assert logits[1].argmax() == 5 and logits[0, 5] == -INF
+    sound.end_again(logits, index, failure_ids)
+    assert logits[1].argmax() == 5 and (logits[1] == -INF).sum() == VOCAB - 1
+    assert logits[0, 5] == -INF
 
 
 def test_a_verdict_is_read_in_a_step_that_all_workers_agree_on() -> None:
