@@ -55,7 +55,7 @@ class V2Processor(LogitsProcessor):
         self._slots = np.empty(0, dtype=np.int64)
         self._changed = False
         self._guided = np.empty(0, dtype=np.int64)
-        self._due: InputBatch | None = None  # is guided on the sampler's copy of its logits
+        self._due: InputBatch | None = None  # was announced, and is to be guided
 
     def attach(self, runner: "GPUModelRunner") -> None:
         """Guide at the sampler's door from now on. Harmless when called again.
@@ -122,20 +122,23 @@ class V2Processor(LogitsProcessor):
         It is a plain object, which has no hooks, and calls are looked up in its class: it becomes
         one of a class made from its own.
         """
-        enter, leave = self._enter_sampler, self._leave_sampler
+        announce, guide, leave = self._announce, self._guide, self._leave_sampler
         kind = type(sampler)
 
         class GuidedSampler(kind):
             def __call__(self, logits: torch.Tensor, input_batch: "InputBatch") -> "SamplerOutput":
-                # Log-probabilities are of the logits that the sampler is called with, not of the
-                # float32 copy that it changes. Without them, one copy of the batch is enough.
-                copies = self.get_logprobs_dims(input_batch.idx_mapping_np) is None
-                output = super().__call__(enter(logits, input_batch, copies), input_batch)
+                # What is announced is guided as the first of the sampler's processors, on the
+                # float32 copy that it makes for them. But log-probabilities are of the logits that
+                # it is called with: if anybody asks for them, those have to be guided.
+                due = announce(input_batch)
+                if due and self.get_logprobs_dims(input_batch.idx_mapping_np) is not None:
+                    logits = guide(logits)
+                output = super().__call__(logits, input_batch)
                 leave(output)
                 return output
 
         sampler.__class__ = GuidedSampler
-        sampler.logits_processors.insert(0, _First(self._guide_copy))
+        sampler.logits_processors.insert(0, _First(guide))
 
     def _watch_slots(self, req_states: Any) -> None:
         """Have slots announced that are given back: by requests that end, or are preempted."""
@@ -158,27 +161,20 @@ class V2Processor(LogitsProcessor):
             with self.steering.contained("releasing a request"):
                 self._guidance.release(row)
 
-    def _enter_sampler(
-        self, logits: torch.Tensor, batch: "InputBatch", copies: bool
-    ) -> torch.Tensor:
-        """Return the logits that the sampler is to be called with.
-
-        Args:
-            copies: only a copy that the sampler makes for its processors has to be guided.
-        """
+    def _announce(self, batch: "InputBatch") -> bool:
+        """Take note of the batch that is sampled next. Returns whether any row of it is guided."""
+        self._due = None
         if not self._rows:
-            return logits
+            return False
         with self.steering.contained("the guidance step"):
             if not self._is_dummy(batch):
                 self._arrange(batch.idx_mapping_np)
                 if len(self._guided):
-                    if not copies:
-                        return self._guidance.step(logits, self._described(batch))
                     self._due = batch
-        return logits
+        return self._due is not None
 
-    def _guide_copy(self, logits: torch.Tensor) -> torch.Tensor:
-        """Guide what the sampler's processors are about to change: float32 `[num_rows, vocab]`."""
+    def _guide(self, logits: torch.Tensor) -> torch.Tensor:
+        """Guide the batch that was announced, once."""
         batch, self._due = self._due, None
         if batch is not None:
             with self.steering.contained("the guidance step"):
