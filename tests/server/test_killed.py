@@ -72,13 +72,12 @@ def start(directory: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     """
     os.environ.pop(ENVIRONMENT_VARIABLE, None)
     flags = ["--value-network-dir", directory / "store", "--state-file", directory / "state.json"]
+    flags += ["--dtype", "float32"]  # of another one there may be something to say on this machine
     _, launched = prepare([str(flag) for flag in (directory / "target", *flags)])
     assert launched.run_dir is not None
     try:
         settings = Settings.load()
-        # Of the machine there may be something to say, of its networks there is not.
-        about_networks = [note for note in launched.notes if "network" in note]
-        assert not settings.unloadable and not about_networks
+        assert not settings.unloadable and not launched.notes
         # Copies, which are checked once more: they are what the workers would load.
         networks = {name: check_network(path, name) for name, path in settings.networks.items()}
         return {name: network.version for name, network in networks.items()}, settings.withheld
