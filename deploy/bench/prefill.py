@@ -72,7 +72,8 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
                 (stream,) = engine.run(requests, warm).streams
                 taken.append(stream.time_to_first_token)
                 read.append(tokens_read(engine) if name != PLAIN else 0)
-            check_network_read(name, length, read)
+            if wrong := what_is_wrong(name, length, read):
+                sys.exit(wrong)
             return FirstTokens(*taken, read[1] - read[0], read[2] - read[1])
 
         rounds = take_turns(arguments.lengths, CONFIGURATIONS, arguments.rounds, measure)
@@ -97,13 +98,14 @@ def tokens_read(engine: Engine) -> int:
     return sum(network["forward_tokens"] for network in engine.call("trimtab_networks")["networks"])
 
 
-def check_network_read(name: str, length: int, read: Sequence[int]) -> None:
-    """End the program if what the network read by then is not what this configuration is about."""
+def what_is_wrong(name: str, length: int, read: Sequence[int]) -> str | None:
+    """Say so if what the network read by then is not what this configuration is about."""
     cold, warm = read[1] - read[0], read[2] - read[1]
     if name != GUIDED and (cold or warm):
-        sys.exit(f"{name}: the network read {cold + warm} tokens of an unguided request")
+        return f"{name}: the network read {cold + warm} tokens of an unguided request"
     if name == GUIDED and (cold < length or not 0 < warm <= length):
-        sys.exit(f"of a prompt of {length} tokens the network read {cold}, and {warm} when warm")
+        return f"of a prompt of {length} tokens the network read {cold}, and {warm} when warm"
+    return None
 
 
 def make_tables(rounds: Rounds[int, FirstTokens], limit: float) -> list[Table]:

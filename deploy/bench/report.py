@@ -16,7 +16,7 @@ from rich.table import Table as PrintedTable
 
 Cell = str | float | int | bool | None
 
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16")
+INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "neon", "bf16", "sve")
 """Of a CPU, that decide how fast it multiplies which number format."""
 
 
@@ -125,12 +125,10 @@ def show(found: dict[str, Any]) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """Return what the figures depend on."""
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    facts = {key.strip(): value.strip() for key, _, value in lines}
-    flags = facts.get("flags", facts.get("Features", "")).split()
+    capabilities = torch.cpu.get_capabilities()
     return {
-        "cpu": facts.get("model name", platform.machine()),
-        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "cpu": capabilities.get("cpu_name") or platform.machine(),
+        "instructions": [name for name in INSTRUCTIONS if capabilities.get(name)],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
