@@ -42,7 +42,7 @@ class PromptScorer:
 
     def _score_positions(self, row: GuidedRow, target: torch.Tensor, start: int) -> torch.Tensor:
         """`score` for as many positions as are scored at once."""
-        choice, num_positions = row.choice, len(target)
+        choice, num_positions, device = row.choice, len(target), self._guidance.device
         fused = FusedBatch(target, len(choice.networks))
         for ordinal, chosen in enumerate(choice.networks):
             network = self._guidance.residency.find(chosen.name, chosen.version)
@@ -53,10 +53,7 @@ class PromptScorer:
                     scores = network.score_history(
                         row.slot, row.tokens, start, start + num_positions, choice.dynamic
                     )
-                    places, columns = (
-                        torch.arange(num_positions, device=self._guidance.device),
-                        None,
-                    )
+                    places, columns = torch.arange(num_positions, device=device), None
                 else:
                     read = self._score_translated(row, network, start, num_positions)
                     if read is None:
@@ -72,9 +69,7 @@ class PromptScorer:
             if scores.distances is not None:
                 fused.add_distances(places, torch.full_like(places, ordinal), scores.distances)
         scales = target.new_tensor([[chosen.scale for chosen in choice.networks]] * num_positions)
-        every = (
-            torch.arange(num_positions, device=self._guidance.device) if choice.dynamic else None
-        )
+        every = torch.arange(num_positions, device=device) if choice.dynamic else None
         floor = target.new_full((num_positions, 1), choice.floor) if choice.floor else None
         return fused.guide(scales, every, floor).logits
 
