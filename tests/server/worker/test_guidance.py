@@ -11,9 +11,13 @@ from server.worker.history import ListedHistory
 from server.worker.residency import Residency
 from server.worker.row import GuidedRow
 from tests.models import TEXT, make_tokenizer
-from tests.server.worker.test_scoring import VOCAB, chosen, guided, shrinking_prompt, worker
+from tests.server.worker.one_row import VOCAB, chosen, guided, shrinking_prompt, three_networks
 
-__all__ = ["worker"]  # the fixture
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Residency]:
+    with three_networks(tmp_path_factory.mktemp("guidance")) as worker:
+        yield worker
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +45,7 @@ def encoded(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["first", "mapped"])
-def test_a_prompt_is_read_as_the_target_reads_it(
-    worker: Residency,
-    name: str,
-) -> None:
+def test_a_prompt_is_read_as_the_target_reads_it(worker: Residency, name: str) -> None:
     prompt = encoded(TEXT[100:260])
     choice, (network,) = chosen(worker, name)
     guidance, _ = guided(worker, choice, prompt)
@@ -77,9 +78,7 @@ def test_a_prompt_that_is_scored_is_not_read_ahead_as_well(worker: Residency) ->
     assert network.num_tokens == before
 
 
-def test_a_beginning_that_is_too_long_does_not_end_a_prompt_that_fits(
-    worker: Residency,
-) -> None:
+def test_a_beginning_that_is_too_long_does_not_end_a_prompt_that_fits(worker: Residency) -> None:
     choice, (network,) = chosen(worker, "mapped")
     prompt = shrinking_prompt(network)
     guidance, row = guided(worker, choice, prompt)
