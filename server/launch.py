@@ -173,7 +173,7 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
     from server.plugin import ENDPOINT_PLUGIN, LOGITS_PROCESSOR, WORKER_EXTENSION
 
     os.environ["VLLM_NO_USAGE_STATS"] = os.environ["DO_NOT_TRACK"] = "1"
-    os.environ["VLLM_PLUGINS"] = ",".join([*_wanted_plugins(), ENDPOINT_PLUGIN])
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*_wanted_plugins(), ENDPOINT_PLUGIN]))
     cli_env_setup()
 
     class Parser(FlexibleArgumentParser):

@@ -1,10 +1,11 @@
-"""The four points where trimtab plugs into vLLM: wired here and nowhere else.
+"""The points where trimtab plugs into vLLM: wired here, and named in pyproject.toml.
 
 | vLLM's plug point | what trimtab puts there |
 | --- | --- |
 | `logits_processors` | `LOGITS_PROCESSOR`: one decoding step, guided |
 | `worker_extension_cls` | `WORKER_EXTENSION`: calls to value networks in the workers |
 | `vllm.endpoint_plugins` | `ValueGuidanceEndpoints`: OpenAI's endpoints that know value networks |
+| `vllm.general_plugins` | `server.worker.waiting`: on a CPU, vLLM's processes wait asleep |
 | `SamplingParams.extra_args` | `server.choice.EXTRA_ARG`: a request's choice, sealed |
 
 Reads vLLM 0.32's `AsyncLLM`, `OpenAIServingModels`, `OpenAIServingResponses` and
@@ -47,7 +48,7 @@ from server.settings import Settings, cut_off_marker
 LOGITS_PROCESSOR = "server.worker.processor:ValueGuidance"
 WORKER_EXTENSION = "server.worker.extension.ValueNetworkWorker"
 ENDPOINT_PLUGIN = "trimtab"
-"""The entry point's name in the group `vllm.endpoint_plugins`, and the plugin's in VLLM_PLUGINS."""
+"""The name of the entry points, and of the plugins in VLLM_PLUGINS."""
 
 DRAIN_POLL_SECONDS = 0.05
 TEARDOWN_SECONDS = 10

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from deploy.bench import (
+    arrivals,
     beside,
     choices,
     combining,
@@ -48,6 +49,7 @@ QUESTIONS: dict[str, Question] = {
     "choices": choices,
     "combining": combining,
     "swapping": swapping,
+    "arrivals": arrivals,
     "startup": startup,
     "retokenization": retokenization,
     "fusion": fusion,

@@ -109,7 +109,9 @@ def test_other_plugins_still_load(target: str, monkeypatch: pytest.MonkeyPatch) 
     assert os.environ["VLLM_PLUGINS"] == "theirs,trimtab"
     monkeypatch.delenv("VLLM_PLUGINS")
     prepare([target])
-    assert "lora_filesystem_resolver" in os.environ["VLLM_PLUGINS"].split(",")  # vLLM's own
+    plugins = os.environ["VLLM_PLUGINS"].split(",")
+    assert "lora_filesystem_resolver" in plugins  # vLLM's own
+    assert plugins.count("trimtab") == 1
 
 
 @pytest.mark.parametrize(

@@ -76,19 +76,14 @@ def target(directory: Path) -> Path:
 def swapping(directory: Path, target: Path, store: Path) -> Iterator[Served]:
     # Caches so small that all of their memory is in use soon: what grows then is a leak.
     caches = ("--kv-cache-memory-bytes", 16 << 20, "--value-memory-gb", 0.0625)
-    # Tokens are sent by the dozen: else two cores are busy with JSON, and whoever manages networks
-    # meanwhile comes too late.
-    streams = ("--max-model-len", 2048, "--stream-interval", 12)
-    flags = ("--value-network-dir", store, *streams, *caches)
+    flags = ("--value-network-dir", store, "--max-model-len", 2048, *caches)
     with serving(directory / "server", target, *flags) as served:
         yield served
 
 
 @pytest.fixture
 def client(swapping: Served) -> Iterator[httpx.Client]:
-    # The server closes a connection that is idle for seconds, as one may be on a busy machine.
-    limits = httpx.Limits(max_keepalive_connections=0)
-    with httpx.Client(base_url=swapping.url, timeout=60, limits=limits) as client:
+    with httpx.Client(base_url=swapping.url, timeout=60) as client:
         yield client
 
 
@@ -232,8 +227,7 @@ class TestWhileOthersGenerate:
         operator.load("other", "second")
         expected_new = complete(client, asking("other", max_tokens=24))
 
-        # So many that they outlast the load, also where steps are fast and loads are slow.
-        with running(swapping.url, asking("swapped", max_tokens=LONG), 32) as answers:
+        with running(swapping.url, asking("swapped", max_tokens=LONG), 4) as answers:
             new = operator.load("swapped", "second")["version"]
             assert new != old
             answer = complete(client, asking("swapped", max_tokens=24))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.distributed.device_communicators import shm_broadcast
 
 from server.worker.compilation import _compiled_module
 from tests.models import make_contrast, make_model, make_network
@@ -250,6 +251,14 @@ def test_compiled_networks_of_one_architecture(tmp_path: Path) -> None:
         engine.call("retire", "a", False)
         engine.call("unload", f"a@{engine.versions['a']}")
         engine.assert_exact(asks[1:4], engine.run(asks[1:4]))
+
+
+def test_its_worker_waits_asleep(engine: GuidedEngine) -> None:
+    assert engine.llm.collective_rpc(how_it_waits) == ["nap"]
+
+
+def how_it_waits(_worker: Any) -> str:
+    return str(shm_broadcast.sched_yield.__name__)
 
 
 def mode_of(worker: Any, name: str) -> str:

@@ -1,0 +1,47 @@
+"""How vLLM's processes wait for each other on a CPU: asleep, not spinning.
+
+The engine and its workers exchange two messages a step through shared memory. In vLLM 0.32, who
+waits for one calls `sched_yield` until it is there, unless the last is a second old: from the first
+token to the last, that is. On a CPU, vLLM leaves one core to its engine, its API server and
+everybody else, and the engine spins on it. Linux 6.18 then loses count of whose turn it is, and
+whoever is not in the server's session does not run for seconds: on two cores, eight requests that
+were sent at once began one after the other, each as its predecessor ended
+(`python -m deploy.bench arrivals`).
+
+Here, who waits sleeps between looks, and soon leaves it to vLLM's notification to wake it. On CUDA
+vLLM waits as it always does.
+
+Reads vLLM 0.32's `shm_broadcast`. vllm-project/vllm#52814 and #52848 would make these settings.
+"""
+
+import os
+import time
+from functools import partial
+
+from server.settings import ENVIRONMENT_VARIABLE
+
+LOOKING_SECONDS = 0.005
+"""After the last message, look for so long; then wait to be notified, which costs half a
+millisecond. Not shorter: a notification within about a millisecond of the one before may be lost,
+and only who looks needs none."""
+NAP_SECONDS = 50e-6
+
+
+def wait_asleep() -> None:
+    """vLLM's general plugin: runs in each of its processes, before they open their queues."""
+    from vllm.platforms import current_platform
+
+    if ENVIRONMENT_VARIABLE not in os.environ or not current_platform.is_cpu():
+        return  # not trimtab's server, but one that has trimtab installed beside it; or CUDA
+
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    if shm_broadcast.sched_yield is not nap:
+        shm_broadcast.sched_yield = nap
+        shm_broadcast.SpinCondition = partial(
+            shm_broadcast.SpinCondition, busy_loop_s=LOOKING_SECONDS
+        )
+
+
+def nap() -> None:
+    time.sleep(NAP_SECONDS)
