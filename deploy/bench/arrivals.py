@@ -10,7 +10,6 @@ import contextlib
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,12 +32,12 @@ from deploy.bench.rounds import (
     runs_of,
     take_turns,
 )
-from deploy.bench.startup import running
+from deploy.bench.startup import plain_server, running
 from tests.models import make_model, make_network
 from tests.server.serving import TARGET, trimtab
 
 SMALL = NETWORK | {"hidden_size": 128, "layers": 2, "heads": 2, "kv_heads": 2, "vocab_size": 544}
-"""Of the target, a step of which takes 3 ms with its sampling, and of the network."""
+"""Of the target, a step of which takes a few milliseconds, and of the network."""
 POSITIONS = 2048
 GUIDING = "guiding"
 CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED)
@@ -73,13 +72,11 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     target = make_model(folder / TARGET, **shape)
     network = make_network(folder / "store" / GUIDING, **shape, seed=1)
     flags = ["--dtype", "float32", "--served-model-name", TARGET, "--enforce-eager"]
-    # The command `vllm` looks for a package of that name, which its CPU build is not.
-    plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)]
     guiding = trimtab("serve", target, "--value-network-dir", network.parent)
     guiding += ["--state-file", str(folder / "state.json")]
     with contextlib.ExitStack() as stack:
         urls = {}
-        for name, command in {PLAIN: plain, GUIDED: guiding}.items():
+        for name, command in {PLAIN: plain_server(target), GUIDED: guiding}.items():
             place = folder / f"server-{len(urls)}"
             place.mkdir()
             say(f"starting {'vLLM' if name == PLAIN else 'trimtab'}")

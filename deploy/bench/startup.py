@@ -90,10 +90,14 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
 
 
 def start_plain(target: Path, flags: Sequence[str], place: Path) -> Started:
-    # The command `vllm` looks for a package of that name, which its CPU build is not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)]
-    with running(command, flags, place) as (_, seconds, process):
+    with running(plain_server(target), flags, place) as (_, seconds, process):
         return Started(seconds, *memory_of(process))
+
+
+def plain_server(target: Path) -> list[str]:
+    """Return the command of vLLM's own server, to `running`."""
+    # The command `vllm` looks for a package of that name, which its CPU build is not.
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)]
 
 
 def start_trimtab(

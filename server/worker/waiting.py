@@ -3,10 +3,9 @@
 The engine and its workers exchange two messages a step through shared memory. In vLLM 0.32, who
 waits for one calls `sched_yield` until it is there, unless the last is a second old: from the first
 token to the last, that is. On a CPU, vLLM leaves one core to its engine, its API server and
-everybody else, and the engine spins on it. Linux 6.18 then loses count of whose turn it is, and
-whoever is not in the server's session does not run for seconds: on two cores, eight requests that
-were sent at once began one after the other, each as its predecessor ended
-(`python -m deploy.bench arrivals`).
+everybody else, and the engine spins on it. On two cores and Linux 6.18, whoever is not in the
+server's session then does not run for seconds: requests that were sent at once begin one after the
+other, each as its predecessor ends (`python -m deploy.bench arrivals`).
 
 Here, who waits sleeps between looks, and soon leaves it to vLLM's notification to wake it. On CUDA
 vLLM waits as it always does.
@@ -21,9 +20,8 @@ from functools import partial
 from server.settings import ENVIRONMENT_VARIABLE
 
 LOOKING_SECONDS = 0.005
-"""After the last message, look for so long; then wait to be notified, which costs half a
-millisecond. Not shorter: a notification within about a millisecond of the one before may be lost,
-and only who looks needs none."""
+"""After the last message, look for so long; then wait to be notified. Not 0: a notification that
+closely follows another may be lost, and only who looks needs none."""
 NAP_SECONDS = 50e-6
 
 

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
 import pytest
@@ -17,12 +16,12 @@ from server.worker.waiting import LOOKING_SECONDS, nap, wait_asleep
 PAUSES = [0.0, LOOKING_SECONDS / 2, LOOKING_SECONDS, 2 * LOOKING_SECONDS, 10 * LOOKING_SECONDS]
 
 
-@pytest.fixture
-def vllms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What vLLM has, which is put back after the test."""
-    for name in ("sched_yield", "SpinCondition"):
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test replaces is as before after it."""
+    for name in ("sched_yield", "SpinCondition", "SHM_READER_RECHECK_INTERVAL_MS"):
         monkeypatch.setattr(shm_broadcast, name, getattr(shm_broadcast, name))
-    yield
+    monkeypatch.setattr(os, "sched_yield", os.sched_yield)
 
 
 def echo(handle: object, pipe: Connection) -> None:
@@ -47,18 +46,14 @@ def forbid_spinning() -> None:
     shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = 10**7
 
 
-def test_messages_arrive_whatever_the_pauses_between_them(
-    vllms: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_messages_arrive_whatever_the_pauses_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")
-    monkeypatch.setattr(os, "sched_yield", os.sched_yield)
-    monkeypatch.setattr(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", 0)
     wait_asleep()
     forbid_spinning()
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     writer = MessageQueue(1, 1)
-    process = context.Process(target=echo, args=(writer.export_handle(), theirs))
+    process = context.Process(target=echo, args=(writer.export_handle(), theirs), daemon=True)
     process.start()
     reader = MessageQueue.create_from_handle(pipe.recv(), 0)
     writer.wait_until_ready()
@@ -75,7 +70,7 @@ def test_messages_arrive_whatever_the_pauses_between_them(
 
 
 def test_vllm_beside_an_installed_trimtab_waits_as_it_always_does(
-    vllms: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = shm_broadcast.sched_yield, shm_broadcast.SpinCondition
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
@@ -83,9 +78,7 @@ def test_vllm_beside_an_installed_trimtab_waits_as_it_always_does(
     assert (shm_broadcast.sched_yield, shm_broadcast.SpinCondition) == before
 
 
-def test_on_a_device_vllm_waits_as_it_always_does(
-    vllms: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_device_vllm_waits_as_it_always_does(monkeypatch: pytest.MonkeyPatch) -> None:
     before = shm_broadcast.sched_yield, shm_broadcast.SpinCondition
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")
     monkeypatch.setattr(vllm.platforms.current_platform, "is_cpu", lambda: False)
@@ -93,7 +86,7 @@ def test_on_a_device_vllm_waits_as_it_always_does(
     assert (shm_broadcast.sched_yield, shm_broadcast.SpinCondition) == before
 
 
-def test_it_may_be_called_again(vllms: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_may_be_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")
     wait_asleep()
     once = shm_broadcast.SpinCondition
