@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal
-from server.settings import Settings
+from server.settings import ENVIRONMENT_VARIABLE, Settings
 from value_models.manifest import tokenizer_fingerprint
 from value_models.store import check_network
 
@@ -101,6 +101,7 @@ class Engine:
         log: Path,
         *,
         value_memory_gb: float = 2.0,
+        waits_asleep: bool = False,
         **options: Any,
     ) -> None:
         """
@@ -108,12 +109,14 @@ class Engine:
             networks: resident value networks by name; none: plain vLLM.
             log: a file for what the engine prints; trimtab's own files go beside it.
             value_memory_gb: GiB for the networks and their KV caches.
+            waits_asleep: on a CPU, let vLLM's processes wait as trimtab's always do.
             options: of `vllm.LLM`, where they are not to be its defaults.
         """
         self._pipe, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         self._process = context.Process(
-            target=_run, args=(theirs, target, networks, log, value_memory_gb, options)
+            target=_run,
+            args=(theirs, target, networks, log, value_memory_gb, waits_asleep, options),
         )
         self._process.start()
         theirs.close()
@@ -196,6 +199,7 @@ def _run(
     networks: dict[str, Path],
     log: Path,
     value_memory_gb: float,
+    waits_asleep: bool,
     options: dict[str, Any],
 ) -> None:
     """Serve `Engine` until its end of the pipe closes. Runs in a process of its own."""
@@ -205,6 +209,8 @@ def _run(
         os.dup2(file.fileno(), 2)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `Engine.call` may send functions
+    if waits_asleep:
+        os.environ[ENVIRONMENT_VARIABLE] = ""  # its presence counts: server/worker/waiting.py
     served = _Served(target, networks, log.with_suffix(""), value_memory_gb, options)
     pipe.send(served.description)
     while True:

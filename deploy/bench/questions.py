@@ -20,6 +20,7 @@ from deploy.bench import (
     startup,
     swapping,
     throughput,
+    waiting,
 )
 from deploy.bench.report import Answer
 
@@ -50,6 +51,7 @@ QUESTIONS: dict[str, Question] = {
     "combining": combining,
     "swapping": swapping,
     "arrivals": arrivals,
+    "waiting": waiting,
     "startup": startup,
     "retokenization": retokenization,
     "fusion": fusion,

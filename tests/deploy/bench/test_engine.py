@@ -1,9 +1,11 @@
 """The measured engine itself, over toy models."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.distributed.device_communicators import shm_broadcast
 
 from deploy.bench.checkpoints import Checkpoints, make_large_checkpoints
 from deploy.bench.engine import Engine, Request
@@ -81,3 +83,17 @@ def resident(worker: Any, key: str) -> list[str]:
 def test_a_function_runs_in_the_worker(engine: Engine) -> None:
     assert engine.call(resident, "networks") == ["first", "second"]
     assert len(engine.call("trimtab_networks")["networks"]) == 2
+
+
+@pytest.mark.parametrize("waits_asleep", [False, True])
+def test_vllm_without_trimtab_waits_as_it_is_told(
+    checkpoints: Checkpoints, tmp_path: Path, waits_asleep: bool
+) -> None:
+    options = checkpoints.engine_options | {"enforce_eager": True, "max_num_seqs": 8}
+    log = tmp_path / "plain.log"
+    with Engine(checkpoints.target, {}, log, waits_asleep=waits_asleep, **options) as plain:
+        assert plain.call(how_it_waits) == ("nap" if waits_asleep else "sched_yield")
+
+
+def how_it_waits(_worker: Any) -> str:
+    return str(shm_broadcast.sched_yield.__name__)
