@@ -20,7 +20,6 @@ from deploy.bench import (
     startup,
     swapping,
     throughput,
-    waiting,
 )
 from deploy.bench.report import Answer
 
@@ -51,7 +50,6 @@ QUESTIONS: dict[str, Question] = {
     "combining": combining,
     "swapping": swapping,
     "arrivals": arrivals,
-    "waiting": waiting,
     "startup": startup,
     "retokenization": retokenization,
     "fusion": fusion,

@@ -1,11 +1,14 @@
 """Tokens per second, and the time between two tokens, against the batch size.
 
 vLLM plain is vLLM at its defaults, and all run the same target; trimtab has its networks resident
-throughout. Transformers are measured beside: with KV caches, as proxy tuning runs, and without,
-as the method's authors serve it (in the first round only: it takes minutes).
+throughout. On a CPU, vLLM's processes spin while they wait for each other, and trimtab's sleep: a
+vLLM without trimtab that sleeps, too, tells what that costs from what guidance does. Transformers
+are measured beside: with KV caches, as proxy tuning runs, and without, as the method's authors
+serve it (in the first round only: it takes minutes).
 """
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,7 @@ from deploy.bench.checkpoints import (
     make_large_checkpoints,
     make_mapped,
 )
-from deploy.bench.engine import Run
+from deploy.bench.engine import Engine, Run
 from deploy.bench.report import Answer, Cell, Plot, Table, rounded, say
 from deploy.bench.rounds import (
     GUIDED,
@@ -43,10 +46,11 @@ from deploy.bench.rounds import (
     tokens_per_second,
 )
 
+ASLEEP = "vLLM plain, waiting asleep"
 MAPPED = "trimtab guided, another vocabulary"
 CACHED = "transformers, KV caches"
 UNCACHED = "transformers, no caches"
-CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED, MAPPED, CACHED, UNCACHED)
+CONFIGURATIONS = (PLAIN, ASLEEP, UNGUIDED, GUIDED, MAPPED, CACHED, UNCACHED)
 LARGEST_UNCACHED_BATCH = 16
 VALUE_MEMORY_GB = {"105m": 2.0, "7b": 6.0}
 """By target; two networks of 0.5 B parameters and their KV caches need more than the default."""
@@ -79,10 +83,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
     checkpoints = make_models(arguments, folder)
-    names = configurations(checkpoints, arguments.peers)
+    names = configurations(checkpoints, arguments.peers, torch.cuda.is_available())
     memory = VALUE_MEMORY_GB[arguments.models]
-    with plain_and_trimtab(checkpoints, folder, value_memory_gb=memory) as (plain, trimtab):
+    with contextlib.ExitStack() as engines:
+        pair = plain_and_trimtab(checkpoints, folder, value_memory_gb=memory)
+        plain, trimtab = engines.enter_context(pair)
         runners = dict.fromkeys(names, trimtab.run) | {PLAIN: plain.run}
+        if ASLEEP in names:
+            target, options = checkpoints.target, checkpoints.engine_options
+            asleep = Engine(target, {}, folder / "asleep.log", waits_asleep=True, **options)
+            runners[ASLEEP] = engines.enter_context(asleep).run
         if arguments.peers:
             if arguments.peer_threads:
                 torch.set_num_threads(arguments.peer_threads)
@@ -108,14 +118,25 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
         plots=[make_plot(rounds, names)],
         models=checkpoints.describe(),
         engine=engine,
-        checks={"unguided_tokens_equal_plain": same_tokens(rounds, UNGUIDED, PLAIN)},
+        checks={
+            "unguided_tokens_equal_plain": all(
+                same_tokens(rounds, name, PLAIN) for name in (UNGUIDED, ASLEEP)
+            )
+        },
         runs=runs_of(rounds, seconds=seconds, tokens_per_second=tokens_per_second),
     )
 
 
-def configurations(checkpoints: Checkpoints, peers: bool) -> list[str]:
-    """Return what is measured; `peers`: transformers too."""
-    left_out = set() if "mapped" in checkpoints.networks else {MAPPED}
+def configurations(checkpoints: Checkpoints, peers: bool, on_device: bool) -> list[str]:
+    """Return what is measured.
+
+    Args:
+        peers: transformers too.
+        on_device: where trimtab waits as vLLM does.
+    """
+    left_out = {ASLEEP} if on_device else set()
+    if "mapped" not in checkpoints.networks:
+        left_out.add(MAPPED)
     if not peers:
         left_out |= {CACHED, UNCACHED}
     return [name for name in CONFIGURATIONS if name not in left_out]
@@ -156,6 +177,8 @@ def ratios(found: Sequence[Round[Run]], limit: float) -> dict[str, Cell]:
         "guided / plain": rounded(guided),
         "limit": rounded(limit),
         "efficiency": rounded(None if guided is None else (guided - 1) / (limit - 1), 2),
+        "guided / plain asleep": rounded(ratio(found, GUIDED, ASLEEP, seconds)),
+        "plain asleep / plain": rounded(ratio(found, ASLEEP, PLAIN, seconds)),
         "unguided / plain": rounded(ratio(found, UNGUIDED, PLAIN, seconds)),
         "another vocabulary / plain": rounded(ratio(found, MAPPED, PLAIN, seconds)),
         "times as fast as cached": rounded(ratio(found, CACHED, GUIDED, seconds), 2),
