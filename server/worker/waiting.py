@@ -7,21 +7,16 @@ everybody else, and the engine spins on it. On two cores and Linux 6.18, whoever
 server's session then does not run for seconds: requests that were sent at once begin one after the
 other, each as its predecessor ends (`python -m deploy.bench arrivals`).
 
-Here, who waits sleeps between looks, and soon leaves it to vLLM's notification to wake it. On CUDA
-vLLM waits as it always does.
+Here, who waits sleeps between looks. On CUDA vLLM waits as it always does.
 
 Reads vLLM 0.32's `shm_broadcast`. vllm-project/vllm#52814 and #52848 would make these settings.
 """
 
 import os
 import time
-from functools import partial
 
 from server.settings import ENVIRONMENT_VARIABLE
 
-LOOKING_SECONDS = 0.005
-"""After the last message, look for so long; then wait to be notified. Not 0: a notification that
-closely follows another may be lost, and only who looks needs none."""
 NAP_SECONDS = 50e-6
 
 
@@ -34,11 +29,7 @@ def wait_asleep() -> None:
 
     from vllm.distributed.device_communicators import shm_broadcast
 
-    if shm_broadcast.sched_yield is not nap:
-        shm_broadcast.sched_yield = nap
-        shm_broadcast.SpinCondition = partial(
-            shm_broadcast.SpinCondition, busy_loop_s=LOOKING_SECONDS
-        )
+    shm_broadcast.sched_yield = nap
 
 
 def nap() -> None:

@@ -1,5 +1,6 @@
 """vLLM's own message queues, between two processes that wait as trimtab's do."""
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -11,15 +12,17 @@ from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
 from server.settings import ENVIRONMENT_VARIABLE
-from server.worker.waiting import LOOKING_SECONDS, nap, wait_asleep
+from server.worker.waiting import NAP_SECONDS, wait_asleep
 
-PAUSES = [0.0, LOOKING_SECONDS / 2, LOOKING_SECONDS, 2 * LOOKING_SECONDS, 10 * LOOKING_SECONDS]
+PAUSES = [0.0, NAP_SECONDS / 2, NAP_SECONDS, 2 * NAP_SECONDS, 0.01]
+IDLE = 1.2
+"""Seconds; after one without a message, vLLM stops looking and waits to be notified."""
 
 
 @pytest.fixture(autouse=True)
 def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test replaces is as before after it."""
-    for name in ("sched_yield", "SpinCondition", "SHM_READER_RECHECK_INTERVAL_MS"):
+    for name in ("sched_yield", "SHM_READER_RECHECK_INTERVAL_MS"):
         monkeypatch.setattr(shm_broadcast, name, getattr(shm_broadcast, name))
     monkeypatch.setattr(os, "sched_yield", os.sched_yield)
 
@@ -58,12 +61,11 @@ def test_messages_arrive_whatever_the_pauses_between_them(monkeypatch: pytest.Mo
     reader = MessageQueue.create_from_handle(pipe.recv(), 0)
     writer.wait_until_ready()
     reader.wait_until_ready()
-    for ours in PAUSES:
-        for pause in PAUSES:
-            for _ in range(10):
-                writer.enqueue(pause)
-                time.sleep(ours)
-                assert reader.dequeue(timeout=60) == pause
+    pairs = [*10 * [*itertools.product(PAUSES, PAUSES)], (IDLE, 0.0), (0.0, IDLE), (IDLE, IDLE)]
+    for ours, pause in pairs:
+        writer.enqueue(pause)
+        time.sleep(ours)
+        assert reader.dequeue(timeout=60) == pause
     writer.enqueue(-1.0)
     process.join()
     assert process.exitcode == 0
@@ -72,24 +74,15 @@ def test_messages_arrive_whatever_the_pauses_between_them(monkeypatch: pytest.Mo
 def test_vllm_beside_an_installed_trimtab_waits_as_it_always_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = shm_broadcast.sched_yield, shm_broadcast.SpinCondition
+    before = shm_broadcast.sched_yield
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     wait_asleep()
-    assert (shm_broadcast.sched_yield, shm_broadcast.SpinCondition) == before
+    assert shm_broadcast.sched_yield is before
 
 
 def test_on_a_device_vllm_waits_as_it_always_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = shm_broadcast.sched_yield, shm_broadcast.SpinCondition
+    before = shm_broadcast.sched_yield
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")
     monkeypatch.setattr(vllm.platforms.current_platform, "is_cpu", lambda: False)
     wait_asleep()
-    assert (shm_broadcast.sched_yield, shm_broadcast.SpinCondition) == before
-
-
-def test_it_may_be_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")
-    wait_asleep()
-    once = shm_broadcast.SpinCondition
-    wait_asleep()
-    assert shm_broadcast.SpinCondition is once
-    assert shm_broadcast.sched_yield is nap
+    assert shm_broadcast.sched_yield is before
