@@ -1,9 +1,20 @@
 """What holds for all tests."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes run tests at once. Threads of both on the same cores wait for each other.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_its_own() -> Iterator[None]:
+    """What a module sets for the processes that it starts is not set for another module's."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

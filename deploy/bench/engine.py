@@ -209,6 +209,7 @@ def _run(
         os.dup2(file.fileno(), 2)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `Engine.call` may send functions
+    os.environ.pop(ENVIRONMENT_VARIABLE, None)  # whoever started this may have a server's
     if waits_asleep:
         os.environ[ENVIRONMENT_VARIABLE] = ""  # its presence counts: server/worker/waiting.py
     served = _Served(target, networks, log.with_suffix(""), value_memory_gb, options)

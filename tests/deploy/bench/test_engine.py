@@ -10,6 +10,7 @@ from vllm.distributed.device_communicators import shm_broadcast
 from deploy.bench.checkpoints import Checkpoints, make_large_checkpoints
 from deploy.bench.engine import Engine, Request
 from deploy.bench.rounds import make_prompts
+from server.settings import ENVIRONMENT_VARIABLE
 from tests.deploy.bench.test_checkpoints import SMALLER, TOY
 
 SHORT, LONG = make_prompts(2, 6, "seed"), make_prompts(1, 90, "seed")[0]
@@ -87,8 +88,12 @@ def test_a_function_runs_in_the_worker(engine: Engine) -> None:
 
 @pytest.mark.parametrize("waits_asleep", [False, True])
 def test_vllm_without_trimtab_waits_as_it_is_told(
-    checkpoints: Checkpoints, tmp_path: Path, waits_asleep: bool
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+    waits_asleep: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")  # as a shell beside a server may have it
     options = checkpoints.engine_options | {"enforce_eager": True, "max_num_seqs": 8}
     log = tmp_path / "plain.log"
     with Engine(checkpoints.target, {}, log, waits_asleep=waits_asleep, **options) as plain:
