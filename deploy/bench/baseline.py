@@ -20,7 +20,13 @@ class Baseline:
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request], cached: bool) -> Run:
-        """Continue prompts of one length; without `cached`, each step reads the whole sequence."""
+        """Continue prompts of one length.
+
+        Args:
+            cached: with KV caches. Without, each step reads the whole sequence and computes logits
+                for all of it, as the method's authors serve it: luxinyu1/inverse-value-learning,
+                `LlamaResidualPlus` in src/ivl/serve/modeling.py.
+        """
         start = time.perf_counter()
         tokens = torch.tensor([request.prompt for request in requests], device=self._device)
         caches = [DynamicCache(config=model.config) if cached else None for model in self._models]
@@ -29,7 +35,7 @@ class Baseline:
         steps: list[list[int]] = []
         for _ in range(requests[0].num_tokens):
             logits = [
-                model(inputs, past_key_values=cache, use_cache=cached, logits_to_keep=1)
+                model(inputs, past_key_values=cache, use_cache=cached, logits_to_keep=int(cached))
                 .logits[:, -1]
                 .float()
                 for model, cache in zip(self._models, caches, strict=True)
