@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ValidationError
 
 from server import run_directory
-from server.cpu import use_huge_pages
 from server.initial import LaunchError, Memory, copy_networks, plan
 from server.lifecycle.staging import is_mapped
 from server.settings import Settings, instance_id, key_digest
@@ -190,11 +189,9 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
     args.model = args.model_tag = args.model_tag or args.model
     configure_logging_from_args(args)
     _refuse_flags(args)
-    if current_platform.is_cpu():
-        use_huge_pages()
-        if args.kv_cache_memory_bytes is None:
-            # vLLM would take most of the machine's memory.
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GB))
+    if current_platform.is_cpu() and args.kv_cache_memory_bytes is None:
+        # vLLM would take most of the machine's memory.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GB))
 
     notes = [*_settle_compilation(args), *_note_precision(args)]
     keys = _take_keys(args)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal
-from server.cpu import HUGE_PAGES, use_huge_pages
 from server.settings import ENVIRONMENT_VARIABLE, Settings
 from value_models.manifest import tokenizer_fingerprint
 from value_models.store import check_network
@@ -102,7 +101,7 @@ class Engine:
         log: Path,
         *,
         value_memory_gb: float = 2.0,
-        tuned: bool = False,
+        waits_asleep: bool = False,
         **options: Any,
     ) -> None:
         """
@@ -110,14 +109,14 @@ class Engine:
             networks: resident value networks by name; none: plain vLLM.
             log: a file for what the engine prints; trimtab's own files go beside it.
             value_memory_gb: GiB for the networks and their KV caches.
-            tuned: on a CPU, without networks, too: wait asleep, and in huge pages, as trimtab does.
+            waits_asleep: on a CPU, let vLLM's processes wait as trimtab's always do.
             options: of `vllm.LLM`, where they are not to be its defaults.
         """
         self._pipe, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         self._process = context.Process(
             target=_run,
-            args=(theirs, target, networks, log, value_memory_gb, tuned or bool(networks), options),
+            args=(theirs, target, networks, log, value_memory_gb, waits_asleep, options),
         )
         self._process.start()
         theirs.close()
@@ -200,7 +199,7 @@ def _run(
     networks: dict[str, Path],
     log: Path,
     value_memory_gb: float,
-    tuned: bool,
+    waits_asleep: bool,
     options: dict[str, Any],
 ) -> None:
     """Serve `Engine` until its end of the pipe closes. Runs in a process of its own."""
@@ -210,12 +209,9 @@ def _run(
         os.dup2(file.fileno(), 2)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `Engine.call` may send functions
-    # Whoever started this may have a server's environment.
-    os.environ.pop(ENVIRONMENT_VARIABLE, None)
-    os.environ.pop(HUGE_PAGES, None)
-    if tuned:
+    os.environ.pop(ENVIRONMENT_VARIABLE, None)  # whoever started this may have a server's
+    if waits_asleep:
         os.environ[ENVIRONMENT_VARIABLE] = ""  # its presence counts: server/worker/waiting.py
-        use_huge_pages()
     served = _Served(target, networks, log.with_suffix(""), value_memory_gb, options)
     pipe.send(served.description)
     while True:

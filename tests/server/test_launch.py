@@ -14,7 +14,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from server import run_directory
-from server.cpu import HUGE_PAGES
 from server.launch import LaunchError, prepare
 from server.settings import ENVIRONMENT_VARIABLE, Settings, key_digest
 from server.token_bytes import TokenBytes
@@ -37,7 +36,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """Undo what is set for the processes that vLLM would start, and keep to the test's folder."""
     monkeypatch.setattr(run_directory, "SHARED_MEMORY", tmp_path)
     before = dict(os.environ)
-    for variable in (ENVIRONMENT_VARIABLE, HUGE_PAGES, "VLLM_API_KEY", "TRIMTAB_ADMIN_API_KEY"):
+    for variable in (ENVIRONMENT_VARIABLE, "VLLM_API_KEY", "TRIMTAB_ADMIN_API_KEY"):
         os.environ.pop(variable, None)
     os.environ["XDG_STATE_HOME"] = str(tmp_path / "state")
     yield
@@ -84,13 +83,6 @@ def test_settings_reach_vllms_processes(target: str, qa: str) -> None:
     )
     assert len(settings.key) == 64 and settings.key not in repr(settings)
     assert os.environ["VLLM_NO_USAGE_STATS"] == os.environ["DO_NOT_TRACK"] == "1"
-    assert os.environ[HUGE_PAGES] == "1"
-
-
-def test_whether_pages_are_huge_is_the_users_to_say(target: str) -> None:
-    os.environ[HUGE_PAGES] = "0"
-    prepare([target])
-    assert os.environ[HUGE_PAGES] == "0"
 
 
 def test_vllm_is_plugged_into_and_its_flags_pass(target: str, qa: str) -> None:

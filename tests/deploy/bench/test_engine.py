@@ -1,18 +1,15 @@
 """The measured engine itself, over toy models."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm.distributed.device_communicators import shm_broadcast
 
 from deploy.bench.checkpoints import Checkpoints, make_large_checkpoints
 from deploy.bench.engine import Engine, Request
 from deploy.bench.rounds import make_prompts
-from server.cpu import HUGE_PAGES
 from server.settings import ENVIRONMENT_VARIABLE
 from tests.deploy.bench.test_checkpoints import SMALLER, TOY
 
@@ -89,35 +86,19 @@ def test_a_function_runs_in_the_worker(engine: Engine) -> None:
     assert len(engine.call("trimtab_networks")["networks"]) == 2
 
 
-@pytest.mark.parametrize("tuned", [False, True])
-def test_vllm_without_trimtab_is_set_up_as_it_is_told(
+@pytest.mark.parametrize("waits_asleep", [False, True])
+def test_vllm_without_trimtab_waits_as_it_is_told(
     checkpoints: Checkpoints,
     tmp_path: Path,
-    tuned: bool,
+    waits_asleep: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # As a shell may have them where a server was started.
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")
-    monkeypatch.setenv(HUGE_PAGES, "1")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")  # as a shell beside a server may have it
     options = checkpoints.engine_options | {"enforce_eager": True, "max_num_seqs": 8}
     log = tmp_path / "plain.log"
-    with Engine(checkpoints.target, {}, log, tuned=tuned, **options) as plain:
-        assert plain.call(how_it_waits) == ("nap" if tuned else "sched_yield")
-        assert plain.call(asks_for_huge_pages) == tuned
+    with Engine(checkpoints.target, {}, log, waits_asleep=waits_asleep, **options) as plain:
+        assert plain.call(how_it_waits) == ("nap" if waits_asleep else "sched_yield")
 
 
 def how_it_waits(_worker: Any) -> str:
     return str(shm_broadcast.sched_yield.__name__)
-
-
-def asks_for_huge_pages(_worker: Any) -> bool:
-    """Whether PyTorch asks Linux for them, for a large tensor: `hg` in the flags of its memory."""
-    tensor = torch.ones(4 << 20)
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if (area := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
-            first, end = (int(bound, 16) for bound in area.groups())
-            inside = first <= tensor.data_ptr() + (8 << 20) < end
-        elif inside and line.startswith("VmFlags:"):
-            return "hg" in line.split()
-    raise AssertionError("the tensor is nowhere")
