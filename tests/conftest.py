@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,5 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True, scope="module")
 def environment_of_its_own() -> Iterator[None]:
     """What a module sets for the processes that it starts is not set for another module's."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    with mock.patch.dict(os.environ):
+        yield

@@ -34,7 +34,7 @@ class Baseline:
         arrivals: list[float] = []
         steps: list[list[int]] = []
         for _ in range(requests[0].num_tokens):
-            logits = [
+            logits = [  # of all positions where `logits_to_keep` is 0
                 model(inputs, past_key_values=cache, use_cache=cached, logits_to_keep=int(cached))
                 .logits[:, -1]
                 .float()

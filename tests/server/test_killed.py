@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import psutil
@@ -41,11 +42,9 @@ PREFIX = {"prompt": "Where was Ana Kovac born?", "max_tokens": 16, "temperature"
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """Undo what is set for the processes that vLLM would start."""
-    before = dict(os.environ)
-    os.environ.pop(ENVIRONMENT_VARIABLE, None)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    with mock.patch.dict(os.environ):
+        os.environ.pop(ENVIRONMENT_VARIABLE, None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -35,13 +36,10 @@ from value_models.store import NetworkError
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what is set for the processes that vLLM would start, and keep to the test's folder."""
     monkeypatch.setattr(run_directory, "SHARED_MEMORY", tmp_path)
-    before = dict(os.environ)
-    for variable in (ENVIRONMENT_VARIABLE, "VLLM_API_KEY", "TRIMTAB_ADMIN_API_KEY"):
-        os.environ.pop(variable, None)
-    os.environ["XDG_STATE_HOME"] = str(tmp_path / "state")
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    with mock.patch.dict(os.environ, XDG_STATE_HOME=str(tmp_path / "state")):
+        for variable in (ENVIRONMENT_VARIABLE, "VLLM_API_KEY", "TRIMTAB_ADMIN_API_KEY"):
+            os.environ.pop(variable, None)
+        yield
 
 
 @pytest.fixture

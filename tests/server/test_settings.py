@@ -2,6 +2,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from pydantic import ValidationError
@@ -11,11 +12,9 @@ from server.settings import ENVIRONMENT_VARIABLE, Settings, instance_id, key_dig
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    before = os.environ.pop(ENVIRONMENT_VARIABLE, None)
-    yield
-    os.environ.pop(ENVIRONMENT_VARIABLE, None)
-    if before is not None:
-        os.environ[ENVIRONMENT_VARIABLE] = before
+    with mock.patch.dict(os.environ):
+        os.environ.pop(ENVIRONMENT_VARIABLE, None)
+        yield
 
 
 def test_what_is_published_is_what_other_processes_read() -> None:
