@@ -7,10 +7,8 @@ loads. What the parent needs to know goes to it as one line of JSON on the file 
 
 import ctypes
 import os
-import shutil
 import signal
 import sys
-import sysconfig
 from argparse import ArgumentParser, Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ValidationError
 
 from server import run_directory
+from server.cpu import settle_cpu
 from server.initial import LaunchError, Memory, copy_networks, plan
 from server.lifecycle.staging import is_mapped
 from server.settings import Settings, instance_id, key_digest
@@ -31,7 +30,6 @@ from value_models.vocabulary.tokens import Vocabulary, VocabularyError, load_tok
 MODULE = "server.launch"
 REPORT_FD = "TRIMTAB_REPORT_FD"
 SHUTDOWN_SECONDS = 30
-CPU_KV_CACHE_GB = 2
 EXAMPLE = "Hello!"
 ADMIN_KEY_VARIABLE = "TRIMTAB_ADMIN_API_KEY"
 FLAGS = {"max_body_bytes": "--max-body-mb", "max_networks": "--max-networks-per-request"}
@@ -167,7 +165,6 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
-    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from server.plugin import ENDPOINT_PLUGIN, LOGITS_PROCESSOR, WORKER_EXTENSION
@@ -189,11 +186,8 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
     args.model = args.model_tag = args.model_tag or args.model
     configure_logging_from_args(args)
     _refuse_flags(args)
-    if current_platform.is_cpu() and args.kv_cache_memory_bytes is None:
-        # vLLM would take most of the machine's memory.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GB))
 
-    notes = [*_settle_compilation(args), *_note_precision(args)]
+    notes = [*settle_cpu(args), *_note_precision(args)]
     keys = _take_keys(args)
     taken = _taken_names(args)
     planned = plan(args, taken, notes)
@@ -339,24 +333,6 @@ def _itemsize(args: Namespace) -> int:
     # "auto" is half precision for all checkpoints but those of a few models.
     target = STR_DTYPE_TO_TORCH_DTYPE["bfloat16" if args.dtype == "auto" else args.dtype]
     return network_dtype(target, current_platform.device_type).itemsize
-
-
-def _settle_compilation(args: Namespace) -> list[str]:
-    """Run uncompiled where vLLM could not compile and so not start. Returns what to say of it."""
-    from vllm.platforms import current_platform
-
-    compiler = os.environ.get("CXX", "g++")
-    headers = Path(sysconfig.get_path("include"), "Python.h")
-    if not current_platform.is_cpu() or args.enforce_eager:
-        return []
-    if shutil.which(compiler) and headers.exists():
-        return []
-    args.enforce_eager = True
-    missing = f"{compiler} and " if not shutil.which(compiler) else ""
-    return [
-        f"Running uncompiled, somewhat slower: compiling needs {missing}Python's headers "
-        "(Debian, Ubuntu: apt install g++ python3-dev)"
-    ]
 
 
 def _settings(**fields: Any) -> Settings:

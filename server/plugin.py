@@ -128,6 +128,7 @@ class ValueGuidanceEndpoints:
             spelling=Spelling(_decode(engine_client.get_tokenizer())),
             reasoning=reasoning,
         )
+        await stager.ready()
 
     def _drain_before_shutdown(self, engine_client: Any, state: State) -> None:
         """Let running requests finish before anything they need is taken down.

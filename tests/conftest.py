@@ -10,6 +10,7 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes run tests at once. Threads of both on the same cores wait for each other.
     torch.set_num_threads(1)
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal
+from server.cpu import settle_cores
 from server.settings import ENVIRONMENT_VARIABLE, Settings
 from value_models.manifest import tokenizer_fingerprint
 from value_models.store import check_network
@@ -101,7 +102,7 @@ class Engine:
         log: Path,
         *,
         value_memory_gb: float = 2.0,
-        waits_asleep: bool = False,
+        set_up_alike: bool = False,
         **options: Any,
     ) -> None:
         """
@@ -109,14 +110,14 @@ class Engine:
             networks: resident value networks by name; none: plain vLLM.
             log: a file for what the engine prints; trimtab's own files go beside it.
             value_memory_gb: GiB for the networks and their KV caches.
-            waits_asleep: on a CPU, let vLLM's processes wait as trimtab's always do.
+            set_up_alike: on a CPU, let plain vLLM share cores and wait as trimtab's server does.
             options: of `vllm.LLM`, where they are not to be its defaults.
         """
         self._pipe, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         self._process = context.Process(
             target=_run,
-            args=(theirs, target, networks, log, value_memory_gb, waits_asleep, options),
+            args=(theirs, target, networks, log, value_memory_gb, set_up_alike, options),
         )
         self._process.start()
         theirs.close()
@@ -199,7 +200,7 @@ def _run(
     networks: dict[str, Path],
     log: Path,
     value_memory_gb: float,
-    waits_asleep: bool,
+    set_up_alike: bool,
     options: dict[str, Any],
 ) -> None:
     """Serve `Engine` until its end of the pipe closes. Runs in a process of its own."""
@@ -210,8 +211,10 @@ def _run(
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `Engine.call` may send functions
     os.environ.pop(ENVIRONMENT_VARIABLE, None)  # whoever started this may have a server's
-    if waits_asleep:
+    if set_up_alike:
         os.environ[ENVIRONMENT_VARIABLE] = ""  # its presence counts: server/worker/waiting.py
+    if networks or set_up_alike:
+        settle_cores()
     served = _Served(target, networks, log.with_suffix(""), value_memory_gb, options)
     pipe.send(served.description)
     while True:

@@ -1,10 +1,10 @@
 """Tokens per second, and the time between two tokens, against the batch size.
 
 vLLM plain is vLLM at its defaults, and all run the same target; trimtab has its networks resident
-throughout. On a CPU, vLLM's processes spin while they wait for each other, and trimtab's sleep: a
-vLLM without trimtab that sleeps, too, tells what that costs from what guidance does. Transformers
-are measured beside: with KV caches, as proxy tuning runs, and without, as the method's authors
-serve it (in the first round only: it takes minutes).
+throughout. On a CPU, trimtab has vLLM's processes wait for each other asleep and compute on all
+cores of a small machine: a vLLM without trimtab that is set up alike tells what that changes from
+what guidance costs. Transformers are measured beside: with KV caches, as proxy tuning runs, and
+without, as the method's authors serve it (in the first round only: it takes minutes).
 """
 
 import argparse
@@ -46,11 +46,11 @@ from deploy.bench.rounds import (
     tokens_per_second,
 )
 
-ASLEEP = "vLLM plain, waiting asleep"
+ALIKE = "vLLM plain, set up as trimtab"
 MAPPED = "trimtab guided, another vocabulary"
 CACHED = "transformers, KV caches"
 UNCACHED = "transformers, no caches"
-CONFIGURATIONS = (PLAIN, ASLEEP, UNGUIDED, GUIDED, MAPPED, CACHED, UNCACHED)
+CONFIGURATIONS = (PLAIN, ALIKE, UNGUIDED, GUIDED, MAPPED, CACHED, UNCACHED)
 LARGEST_UNCACHED_BATCH = 16
 VALUE_MEMORY_GB = {"105m": 2.0, "7b": 6.0}
 """By target; two networks of 0.5 B parameters and their KV caches need more than the default."""
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer-threads",
         type=within(1),
-        help="threads of transformers (torch's default); vLLM leaves a core of a CPU to its engine",
+        help="threads of transformers (torch's default: all cores; plain vLLM leaves one idle)",
     )
     parser.add_argument(
         "--models",
@@ -89,10 +89,10 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
         pair = plain_and_trimtab(checkpoints, folder, value_memory_gb=memory)
         plain, trimtab = engines.enter_context(pair)
         runners = dict.fromkeys(names, trimtab.run) | {PLAIN: plain.run}
-        if ASLEEP in names:
+        if ALIKE in names:
             target, options = checkpoints.target, checkpoints.engine_options
-            asleep = Engine(target, {}, folder / "asleep.log", waits_asleep=True, **options)
-            runners[ASLEEP] = engines.enter_context(asleep).run
+            alike = Engine(target, {}, folder / "alike.log", set_up_alike=True, **options)
+            runners[ALIKE] = engines.enter_context(alike).run
         if arguments.peers:
             if arguments.peer_threads:
                 torch.set_num_threads(arguments.peer_threads)
@@ -120,7 +120,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
         engine=engine,
         checks={
             "unguided_tokens_equal_plain": all(
-                same_tokens(rounds, name, PLAIN) for name in (UNGUIDED, ASLEEP)
+                same_tokens(rounds, name, PLAIN) for name in (UNGUIDED, ALIKE)
             )
         },
         runs=runs_of(rounds, seconds=seconds, tokens_per_second=tokens_per_second),
@@ -132,9 +132,9 @@ def configurations(checkpoints: Checkpoints, peers: bool, on_device: bool) -> li
 
     Args:
         peers: transformers too.
-        on_device: where trimtab waits as vLLM does.
+        on_device: where trimtab sets vLLM up as it is.
     """
-    left_out = {ASLEEP} if on_device else set()
+    left_out = {ALIKE} if on_device else set()
     if "mapped" not in checkpoints.networks:
         left_out.add(MAPPED)
     if not peers:
@@ -177,8 +177,8 @@ def ratios(found: Sequence[Round[Run]], limit: float) -> dict[str, Cell]:
         "guided / plain": rounded(guided),
         "limit": rounded(limit),
         "efficiency": rounded(None if guided is None else (guided - 1) / (limit - 1), 2),
-        "guided / plain asleep": rounded(ratio(found, GUIDED, ASLEEP, seconds)),
-        "plain asleep / plain": rounded(ratio(found, ASLEEP, PLAIN, seconds)),
+        "guided / plain set up alike": rounded(ratio(found, GUIDED, ALIKE, seconds)),
+        "plain set up alike / plain": rounded(ratio(found, ALIKE, PLAIN, seconds)),
         "unguided / plain": rounded(ratio(found, UNGUIDED, PLAIN, seconds)),
         "another vocabulary / plain": rounded(ratio(found, MAPPED, PLAIN, seconds)),
         "times as fast as cached": rounded(ratio(found, CACHED, GUIDED, seconds), 2),

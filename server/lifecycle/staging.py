@@ -50,6 +50,7 @@ from value_models.store import (
 
 MODULE = "server.lifecycle.staging"
 PATIENCE_SECONDS = 300.0
+IMPORT_SECONDS = 60.0
 """How long any request may take before the child is taken to hang, beside what it copies."""
 BYTES_PER_SECOND = 2e6
 """What copying is always faster than, on a machine that is busy."""
@@ -115,6 +116,15 @@ class Stager:
     def start(self) -> None:
         """Start the child, which then imports what it needs. Only within a running event loop."""
         self._child = _Child(self._settings, self._replace)
+
+    async def ready(self) -> None:
+        """Wait until the child has imported what loads need: seconds, or no longer than a minute.
+
+        Beside decoding that keeps all cores busy, it would take as long as a load may last.
+        """
+        if self._child is not None and self._settings.store is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._child.settled.wait(), IMPORT_SECONDS)
 
     async def inspect(self, source: str, name: str) -> NetworkFacts:
         """Check a folder of the store, all but the contents of its weights.
@@ -220,10 +230,16 @@ class Stager:
 
 
 class _Child:
-    """One child process and the answers that it owes."""
+    """One child process and the answers that it owes.
+
+    Attributes:
+        was_ready: it has imported what it needs.
+        settled: it has, or it has ended.
+    """
 
     def __init__(self, settings: Settings, ended: Callable[["_Child"], None]) -> None:
         self.was_ready = False
+        self.settled = asyncio.Event()
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._next_id = READY + 1
@@ -286,6 +302,7 @@ class _Child:
             self._reason = "it made no sense"
             return self.kill()
         self.was_ready = True
+        self.settled.set()
         owed = self._owed.get(identity)
         if owed is not None and not owed.done():
             owed.set_result(answer)
@@ -298,6 +315,7 @@ class _Child:
                 owed.set_exception(
                     StagingError(f"the process that reads networks' folders ended ({reason})")
                 )
+        self.settled.set()
         self._ended(self)
 
 

@@ -7,7 +7,8 @@ everybody else, and the engine spins on it. On two cores and Linux 6.18, whoever
 server's session then does not run for seconds: requests that were sent at once begin one after the
 other, each as its predecessor ends (`python -m deploy.bench arrivals`).
 
-Here, who waits sleeps between looks. On CUDA vLLM waits as it always does.
+Here, who waits sleeps between looks, so that the engine needs no core to itself (`server/cpu.py`).
+On CUDA vLLM waits as it always does.
 
 Reads vLLM 0.32's `shm_broadcast`. vllm-project/vllm#52814 and #52848 would make these settings.
 """

@@ -362,19 +362,6 @@ def test_a_network_may_bring_an_example(target: str, qa: str, tmp_path: Path) ->
     assert prepare([target, "--served-model-name", "t"])[1].example_model == "t"
 
 
-def test_without_a_compiler_vllm_runs_uncompiled(
-    target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.worker.precision._multiplies", lambda _: True)
-    args, launched = prepare([target])
-    assert not args.enforce_eager and not launched.notes
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    args, launched = prepare([target])
-    assert args.enforce_eager
-    assert "no-such-compiler" in launched.notes[0]
-    assert not prepare([target, "--enforce-eager"])[1].notes
-
-
 def test_a_faster_number_format_is_named(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.worker.precision._multiplies", lambda dtype: dtype == torch.float32)
     for options in ([], ["--dtype", "bfloat16"], ["--dtype", "half"]):

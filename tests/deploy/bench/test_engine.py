@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm.distributed.device_communicators import shm_broadcast
 
 from deploy.bench.checkpoints import Checkpoints, make_large_checkpoints
 from deploy.bench.engine import Engine, Request
 from deploy.bench.rounds import make_prompts
+from server.cpu import RESERVED_FROM, _num_cores
 from server.settings import ENVIRONMENT_VARIABLE
 from tests.deploy.bench.test_checkpoints import SMALLER, TOY
 
@@ -86,19 +88,24 @@ def test_a_function_runs_in_the_worker(engine: Engine) -> None:
     assert len(engine.call("trimtab_networks")["networks"]) == 2
 
 
-@pytest.mark.parametrize("waits_asleep", [False, True])
-def test_vllm_without_trimtab_waits_as_it_is_told(
+@pytest.mark.parametrize("set_up_alike", [False, True])
+def test_vllm_without_trimtab_is_set_up_as_told(
     checkpoints: Checkpoints,
     tmp_path: Path,
-    waits_asleep: bool,
+    set_up_alike: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")  # as a shell beside a server may have it
+    monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU", raising=False)
     options = checkpoints.engine_options | {"enforce_eager": True, "max_num_seqs": 8}
     log = tmp_path / "plain.log"
-    with Engine(checkpoints.target, {}, log, waits_asleep=waits_asleep, **options) as plain:
-        assert plain.call(how_it_waits) == ("nap" if waits_asleep else "sched_yield")
+    with Engine(checkpoints.target, {}, log, set_up_alike=set_up_alike, **options) as plain:
+        wait, threads = plain.call(how_it_runs)
+    cores = _num_cores()
+    assert wait == ("nap" if set_up_alike else "sched_yield")
+    assert threads == (cores if set_up_alike and cores < RESERVED_FROM else cores - 1)
 
 
-def how_it_waits(_worker: Any) -> str:
-    return str(shm_broadcast.sched_yield.__name__)
+def how_it_runs(_worker: Any) -> tuple[str, int]:
+    """Return how the worker waits, and on how many cores it computes."""
+    return shm_broadcast.sched_yield.__name__, torch.get_num_threads()

@@ -5,7 +5,7 @@ import pytest
 from deploy.bench.checkpoints import Checkpoints
 from deploy.bench.rounds import GUIDED, PLAIN, UNGUIDED
 from deploy.bench.throughput import (
-    ASLEEP,
+    ALIKE,
     CACHED,
     CONFIGURATIONS,
     MAPPED,
@@ -18,7 +18,7 @@ from tests.deploy.bench.runs import timed
 
 ROUND = {
     PLAIN: timed(0.100),
-    ASLEEP: timed(0.088),
+    ALIKE: timed(0.088),
     UNGUIDED: timed(0.101),
     GUIDED: timed(0.110),
     MAPPED: timed(0.125),
@@ -34,8 +34,8 @@ def test_ratios_are_times_against_plain_and_speeds_against_transformers() -> Non
         "guided / plain": pytest.approx(1.1),
         "limit": 1.05,
         "efficiency": pytest.approx(2.0),
-        "guided / plain asleep": pytest.approx(1.25),
-        "plain asleep / plain": pytest.approx(0.88),
+        "guided / plain set up alike": pytest.approx(1.25),
+        "plain set up alike / plain": pytest.approx(0.88),
         "unguided / plain": pytest.approx(1.01),
         "another vocabulary / plain": pytest.approx(1.25),
         "times as fast as cached": pytest.approx(2.0),
@@ -63,7 +63,7 @@ def test_peers_and_what_is_not_there_are_left_out() -> None:
     checkpoints = Checkpoints(Path("target"), networks, "bfloat16")
     on_cpu = {"on_device": False}
     assert configurations(checkpoints, peers=True, **on_cpu) == list(CONFIGURATIONS)
-    without_peers = [PLAIN, ASLEEP, UNGUIDED, GUIDED, MAPPED]
+    without_peers = [PLAIN, ALIKE, UNGUIDED, GUIDED, MAPPED]
     assert configurations(checkpoints, peers=False, **on_cpu) == without_peers
     on_device = [PLAIN, UNGUIDED, GUIDED, MAPPED]
     assert configurations(checkpoints, peers=False, on_device=True) == on_device

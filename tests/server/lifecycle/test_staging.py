@@ -356,6 +356,22 @@ async def test_the_child_is_humble_and_has_no_keys(stager: Stager) -> None:
 
 
 @in_one_loop
+async def test_a_server_is_ready_once_loads_have_what_they_import(stager: Stager) -> None:
+    await stager.ready()
+    process = Path("/proc", str(pid_of(stager)))
+    assert stager._child is not None and stager._child.was_ready
+    assert "safetensors" in (process / "maps").read_text()
+
+
+@in_one_loop
+async def test_a_child_that_ends_early_keeps_no_server_from_its_start(stager: Stager) -> None:
+    os.kill(pid_of(stager), signal.SIGKILL)
+    await stager.ready()
+    with pytest.raises(StagingError):
+        await stager.list()
+
+
+@in_one_loop
 async def test_a_child_that_dies_costs_one_request_and_is_replaced(stager: Stager) -> None:
     await stager.inspect("qa", "qa")
     pid = pid_of(stager)

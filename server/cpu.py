@@ -1,0 +1,68 @@
+"""What vLLM is told before it starts on a CPU, where its defaults would not serve."""
+
+import os
+import shutil
+import sysconfig
+from argparse import Namespace
+from pathlib import Path
+
+KV_CACHE_GB = 2
+RESERVED_FROM = 4
+"""Cores of which one is left to the engine: it and the API server need about a fifth of one, and
+whoever shares with them keeps all others waiting."""
+SPINS = 10_000
+"""Looks of an OpenMP thread for its next work before it sleeps: some 100 microseconds. They pass
+between two operations of a forward, and not between two steps."""
+
+
+def settle_cpu(args: Namespace) -> list[str]:
+    """Settle what vLLM starts with, unless the user has. Returns what to say of it."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    if args.kv_cache_memory_bytes is None:
+        # vLLM would take most of the machine's memory.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(KV_CACHE_GB))
+    if args.tensor_parallel_size == args.data_parallel_size == 1:
+        settle_cores()
+    return _settle_compilation(args)
+
+
+def settle_cores() -> None:
+    """Let the worker compute on all cores of a small machine; of CUDA's, nothing is settled.
+
+    vLLM leaves one core to its engine and its API server, because the engine spins while it waits.
+    trimtab's sleeps (`server/worker/waiting.py`), and two cores decode faster than one. But then
+    nobody else finds a core where an OpenMP thread spins for nothing, which it does for
+    milliseconds: a network that is loaded beside running streams took four times as long. For the
+    figures see docs/performance.md.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+    if _num_cores() < RESERVED_FROM:
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+
+
+def _num_cores() -> int:
+    """Physical cores that this process may use: vLLM gives each a thread."""
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+
+    return len({cpu.physical_core for cpu in get_allowed_cpu_list()})
+
+
+def _settle_compilation(args: Namespace) -> list[str]:
+    """Run uncompiled where vLLM could not compile and so not start. Returns what to say of it."""
+    compiler = os.environ.get("CXX", "g++")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if args.enforce_eager or (shutil.which(compiler) and headers.exists()):
+        return []
+    args.enforce_eager = True
+    missing = f"{compiler} and " if not shutil.which(compiler) else ""
+    return [
+        f"Running uncompiled, somewhat slower: compiling needs {missing}Python's headers "
+        "(Debian, Ubuntu: apt install g++ python3-dev)"
+    ]
