@@ -233,8 +233,8 @@ class _Child:
     """One child process and the answers that it owes.
 
     Attributes:
-        was_ready: it has imported what it needs.
-        settled: it has, or it has ended.
+        was_ready: it has answered anything.
+        settled: it has imported what it needs, or has ended.
     """
 
     def __init__(self, settings: Settings, ended: Callable[["_Child"], None]) -> None:
@@ -302,7 +302,8 @@ class _Child:
             self._reason = "it made no sense"
             return self.kill()
         self.was_ready = True
-        self.settled.set()
+        if identity == READY:
+            self.settled.set()
         owed = self._owed.get(identity)
         if owed is not None and not owed.done():
             owed.set_result(answer)
