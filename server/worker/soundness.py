@@ -1,5 +1,6 @@
 """Whether what networks answer is finite: a NaN in the logits would become token 0 in silence."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -55,7 +56,7 @@ def are_finite(scores: Scores) -> bool:
     total = scores.value.sum(dtype=torch.float32)
     if scores.distances is not None:
         total = total + scores.distances.sum()
-    return bool(total.isfinite())
+    return math.isfinite(total.item())  # of a tensor, it would be four operations
 
 
 class Immediate:
