@@ -25,7 +25,7 @@ environment:
   TRIMTAB_ADMIN_API_KEY    the key to management, as --admin-api-key
   VLLM_CPU_KVCACHE_SPACE   on a CPU, GiB for the target's KV cache (2 unless set)
   VLLM_CPU_NUM_OF_RESERVED_CPU
-                           cores left to others than vLLM's worker (0 of up to three cores unless set)
+                           on a CPU, cores that workers leave to others (0 of up to three)
 
 Exits with 0 after a clean stop (SIGTERM, Ctrl-C), 1 after a failure, 2 if it cannot start as asked.
 """

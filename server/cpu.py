@@ -8,8 +8,8 @@ from pathlib import Path
 
 KV_CACHE_GB = 2
 RESERVED_FROM = 4
-"""Cores of which one is left to the engine: it and the API server need about a fifth of one, and
-whoever shares with them keeps all others waiting."""
+"""From so many physical cores on, one is left to the engine and the API server: they need a part of
+one only, but whoever shares a core with them keeps the threads on all others waiting."""
 SPINS = 10_000
 """Looks of an OpenMP thread for its next work before it sleeps: some 100 microseconds. They pass
 between two operations of a forward, and not between two steps."""
@@ -24,31 +24,36 @@ def settle_cpu(args: Namespace) -> list[str]:
     if args.kv_cache_memory_bytes is None:
         # vLLM would take most of the machine's memory.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(KV_CACHE_GB))
-    if args.tensor_parallel_size == args.data_parallel_size == 1:
+    workers = args.tensor_parallel_size * args.data_parallel_size
+    if workers == 1 and args.kv_transfer_config is None:  # which wants a core of its own
         settle_cores()
     return _settle_compilation(args)
 
 
 def settle_cores() -> None:
-    """Let the worker compute on all cores of a small machine; of CUDA's, nothing is settled.
+    """Let the worker compute on all cores of a small machine, unless the user decides on cores.
 
     vLLM leaves one core to its engine and its API server, because the engine spins while it waits.
     trimtab's sleeps (`server/worker/waiting.py`), and two cores decode faster than one. But then
-    nobody else finds a core where an OpenMP thread spins for nothing, which it does for
-    milliseconds: a network that is loaded beside running streams took four times as long. For the
-    figures see docs/performance.md.
+    nobody else finds a core where an OpenMP thread spins for nothing, which GNU's does for
+    milliseconds: a network that is loaded beside running streams took three to four times as long.
+    Intel's OpenMP spins as vLLM tells it to, so there the core stays reserved. For the figures see
+    docs/performance.md. On CUDA there is nothing to settle.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not current_platform.is_cpu() or "VLLM_CPU_NUM_OF_RESERVED_CPU" in os.environ:
         return
-    os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
-    if _num_cores() < RESERVED_FROM:
-        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    if "libiomp" in preloaded or "libomp" in preloaded or num_cores() >= RESERVED_FROM:
+        return
+    os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
-def _num_cores() -> int:
-    """Physical cores that this process may use: vLLM gives each a thread."""
+def num_cores() -> int:
+    """Return how many physical cores this process may use."""
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
     return len({cpu.physical_core for cpu in get_allowed_cpu_list()})

@@ -18,6 +18,8 @@ Cell = str | float | int | bool | None
 
 INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "neon", "bf16", "sve")
 """Of a CPU, that decide how fast it multiplies which number format."""
+DECISIVE = ("VLLM_", "OMP_", "GOMP_", "KMP_")
+"""Beginnings of environment variables that decide how vLLM runs."""
 
 
 @dataclass
@@ -138,7 +140,7 @@ def describe_machine() -> dict[str, Any]:
 
 def environment() -> list[str]:
     """Return what the environment says on how vLLM runs, as a shell takes it before a command."""
-    return [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_", "OMP_"))]
+    return [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(DECISIVE)]
 
 
 def versions() -> dict[str, str]:

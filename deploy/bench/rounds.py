@@ -167,13 +167,20 @@ def gap_figures(rounds: Sequence[Round[Run]], name: str) -> str | None:
 
 @contextlib.contextmanager
 def plain_and_trimtab(
-    checkpoints: Checkpoints, folder: Path, **options: Any
+    checkpoints: Checkpoints, folder: Path, set_up_alike: bool = True, **options: Any
 ) -> Iterator[tuple[Engine, Engine]]:
-    """Start vLLM at its defaults, and vLLM with trimtab and all networks."""
+    """Start vLLM plain, and vLLM with trimtab and all networks.
+
+    Args:
+        set_up_alike: let both share cores and wait in the same way, so that guidance is all that
+            they differ in; otherwise plain is vLLM at its defaults.
+        options: of both engines.
+    """
     target, networks = checkpoints.target, checkpoints.networks
     options = checkpoints.engine_options | options
     say("starting vLLM plain (it compiles the target at first)")
-    with Engine(target, {}, folder / "plain.log", **options) as plain:
+    plain_options = options | {"set_up_alike": set_up_alike}
+    with Engine(target, {}, folder / "plain.log", **plain_options) as plain:
         say(f"starting vLLM with trimtab, networks: {len(networks)}")
         with Engine(target, networks, folder / "trimtab.log", **options) as trimtab:
             yield plain, trimtab

@@ -17,6 +17,7 @@ aside.
 import asyncio
 import ctypes
 import json
+import logging
 import os
 import shutil
 import signal
@@ -48,10 +49,13 @@ from value_models.store import (
     model_path,
 )
 
+log = logging.getLogger("trimtab")
+
 MODULE = "server.lifecycle.staging"
 PATIENCE_SECONDS = 300.0
-IMPORT_SECONDS = 60.0
 """How long any request may take before the child is taken to hang, beside what it copies."""
+IMPORT_SECONDS = 60.0
+"""How long a server's start waits for the child's imports, which take seconds."""
 BYTES_PER_SECOND = 2e6
 """What copying is always faster than, on a machine that is busy."""
 KEYS = ("VLLM_API_KEY", "TRIMTAB_ADMIN_API_KEY")
@@ -118,13 +122,16 @@ class Stager:
         self._child = _Child(self._settings, self._replace)
 
     async def ready(self) -> None:
-        """Wait until the child has imported what loads need: seconds, or no longer than a minute.
+        """Wait until the child has imported what loads need, or has ended, if there is a store.
 
-        Beside decoding that keeps all cores busy, it would take as long as a load may last.
+        Beside decoding that keeps all cores busy, it would take longer than a load may last.
         """
-        if self._child is not None and self._settings.store is not None:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._child.settled.wait(), IMPORT_SECONDS)
+        if self._child is None or self._settings.store is None:
+            return
+        try:
+            await asyncio.wait_for(self._child.settled.wait(), IMPORT_SECONDS)
+        except TimeoutError:
+            log.warning("the process that reads networks' folders is not ready yet")
 
     async def inspect(self, source: str, name: str) -> NetworkFacts:
         """Check a folder of the store, all but the contents of its weights.
@@ -225,7 +232,7 @@ class Stager:
         """A child has ended: start the next one, unless it would end in the same way."""
         if self._child is child:
             self._child = None
-            if child.was_ready and not self._closed:
+            if child.has_answered and not self._closed:
                 self.start()
 
 
@@ -233,12 +240,12 @@ class _Child:
     """One child process and the answers that it owes.
 
     Attributes:
-        was_ready: it has answered anything.
+        has_answered: anything, so what it has imported is sound.
         settled: it has imported what it needs, or has ended.
     """
 
     def __init__(self, settings: Settings, ended: Callable[["_Child"], None]) -> None:
-        self.was_ready = False
+        self.has_answered = False
         self.settled = asyncio.Event()
         self._ended = ended
         self._loop = asyncio.get_running_loop()
@@ -301,7 +308,7 @@ class _Child:
         except (ValueError, KeyError, TypeError):
             self._reason = "it made no sense"
             return self.kill()
-        self.was_ready = True
+        self.has_answered = True
         if identity == READY:
             self.settled.set()
         owed = self._owed.get(identity)

@@ -362,6 +362,17 @@ def test_a_network_may_bring_an_example(target: str, qa: str, tmp_path: Path) ->
     assert prepare([target, "--served-model-name", "t"])[1].example_model == "t"
 
 
+def test_a_cpu_is_settled_before_vllm_starts(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.cpu.num_cores", lambda: 2)
+    for variable in ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    args, launched = prepare([target])
+    assert args.enforce_eager and "no-such-compiler" in launched.notes[0]
+    assert os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
+    assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "2"
+
+
 def test_a_faster_number_format_is_named(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.worker.precision._multiplies", lambda dtype: dtype == torch.float32)
     for options in ([], ["--dtype", "bfloat16"], ["--dtype", "half"]):

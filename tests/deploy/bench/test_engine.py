@@ -1,5 +1,6 @@
 """The measured engine itself, over toy models."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from vllm.distributed.device_communicators import shm_broadcast
 from deploy.bench.checkpoints import Checkpoints, make_large_checkpoints
 from deploy.bench.engine import Engine, Request
 from deploy.bench.rounds import make_prompts
-from server.cpu import RESERVED_FROM, _num_cores
+from server.cpu import RESERVED_FROM, SPINS, num_cores
 from server.settings import ENVIRONMENT_VARIABLE
 from tests.deploy.bench.test_checkpoints import SMALLER, TOY
 
@@ -96,16 +97,19 @@ def test_vllm_without_trimtab_is_set_up_as_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")  # as a shell beside a server may have it
-    monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU", raising=False)
+    for variable in ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(variable, raising=False)
     options = checkpoints.engine_options | {"enforce_eager": True, "max_num_seqs": 8}
     log = tmp_path / "plain.log"
     with Engine(checkpoints.target, {}, log, set_up_alike=set_up_alike, **options) as plain:
-        wait, threads = plain.call(how_it_runs)
-    cores = _num_cores()
+        wait, threads, spins = plain.call(how_it_runs)
+    cores, shared = num_cores(), set_up_alike and num_cores() < RESERVED_FROM
     assert wait == ("nap" if set_up_alike else "sched_yield")
-    assert threads == (cores if set_up_alike and cores < RESERVED_FROM else cores - 1)
+    assert threads == (cores if shared else max(1, cores - 1))
+    assert spins == (str(SPINS) if shared else None)
 
 
-def how_it_runs(_worker: Any) -> tuple[str, int]:
-    """Return how the worker waits, and on how many cores it computes."""
-    return shm_broadcast.sched_yield.__name__, torch.get_num_threads()
+def how_it_runs(_worker: Any) -> tuple[str, int, str | None]:
+    """Return how the worker waits, on how many cores it computes, and how long its threads spin."""
+    spins = os.environ.get("GOMP_SPINCOUNT")
+    return shm_broadcast.sched_yield.__name__, torch.get_num_threads(), spins

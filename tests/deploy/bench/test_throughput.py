@@ -33,7 +33,7 @@ def test_ratios_are_times_against_plain_and_speeds_against_transformers() -> Non
         "batch": 16,
         "guided / plain": pytest.approx(1.1),
         "limit": 1.05,
-        "efficiency": pytest.approx(2.0),
+        "efficiency": pytest.approx(5.0),  # against the one that is set up alike
         "guided / plain set up alike": pytest.approx(1.25),
         "plain set up alike / plain": pytest.approx(0.88),
         "unguided / plain": pytest.approx(1.01),
