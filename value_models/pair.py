@@ -46,7 +46,7 @@ Both are copied into DIR, whole or not at all. With --link, weights are hard lin
 the two models: they take no more disk, but are the same files, so none must be changed in place.
 """
 METHOD = "difference of two models' logits, without training (arXiv 2401.08565)"
-UNFINISHED = re.compile(r"\.pairing-[0-9a-f]{8}")
+UNFINISHED = re.compile(r"\.pairing-[0-9a-f]{8}(\.new)?")
 
 
 class Source(NamedTuple):
@@ -189,18 +189,34 @@ def _unfinished(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     _clean_up(out.parent)
     scratch = out.with_name(f".pairing-{token_hex(4)}")
-    # Locked before it has a name under which another process would remove it.
-    unlocked = scratch.with_name(f"{scratch.name}.new")
-    unlocked.mkdir()
-    lock = os.open(unlocked, os.O_RDONLY | os.O_DIRECTORY)
+    lock = None
+    while lock is None:
+        lock = _new_locked(scratch)
     try:
-        with suppress(OSError):  # no locks on this file system; then nothing is cleaned up either
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        unlocked.rename(scratch)
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(lock)
+
+
+def _new_locked(folder: Path) -> int | None:
+    """Make a folder and lock it; None: another process took it for a dead one's meanwhile.
+
+    It has another name until it is locked, so that nobody takes one with files for a dead one's.
+    """
+    unlocked = folder.with_name(f"{folder.name}.new")
+    unlocked.mkdir()
+    lock = None
+    try:
+        lock = os.open(unlocked, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):  # no locks on this file system; then nothing is cleaned up either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        unlocked.rename(folder)
+        return lock
+    except FileNotFoundError:
+        if lock is not None:
+            os.close(lock)
+        return None
 
 
 def _clean_up(directory: Path) -> None:

@@ -18,7 +18,7 @@ Cell = str | float | int | bool | None
 
 INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "neon", "bf16", "sve")
 """Of a CPU, that decide how fast it multiplies which number format."""
-DECISIVE = ("VLLM_", "OMP_", "GOMP_", "KMP_")
+DECISIVE = ("VLLM_", "OMP_", "GOMP_")
 """Beginnings of environment variables that decide how vLLM runs."""
 
 

@@ -268,14 +268,33 @@ def test_a_full_disk_leaves_nothing(
 def test_what_killed_ones_left_is_removed_and_what_runs_is_not(
     models: Path, out: Path, tmp_path: Path
 ) -> None:
-    dead = out.parent / ".pairing-0123abcd"
+    dead, younger = out.parent / ".pairing-0123abcd", out.parent / ".pairing-0123abce.new"
     (dead / "expert").mkdir(parents=True)
+    younger.mkdir()
     other = out.parent / ".pairing-notes"
     other.mkdir()
     with module._unfinished(out.with_name("slow")) as running:
         make(models, out)
         assert running.is_dir() and not dead.exists() and other.is_dir()
+        assert not younger.exists()
     assert not running.exists()
+
+
+def test_a_folder_that_another_process_took_for_a_dead_ones_is_made_again(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, calls = module.fcntl.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            module._clean_up(out.parent)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(module.fcntl, "flock", late)
+    with module._unfinished(out) as folder:
+        assert folder.is_dir()
+    assert len(calls) == 3  # the first folder's, the other process's, the second folder's
 
 
 @contextmanager
