@@ -11,8 +11,8 @@ RESERVED_FROM = 4
 """From so many physical cores on, one is left to the engine and the API server: they need a part of
 one only, but whoever shares a core with them keeps the threads on all others waiting."""
 SPINS = 10_000
-"""Looks of an OpenMP thread for its next work before it sleeps: some 100 microseconds. They pass
-between two operations of a forward, and not between two steps."""
+"""Looks of an OpenMP thread for its next work before it sleeps, a thirtieth of GNU's default: meant
+to last between two operations of a forward, and not between two steps."""
 
 
 def settle_cpu(args: Namespace) -> list[str]:
@@ -36,7 +36,7 @@ def settle_cores() -> None:
     vLLM leaves one core to its engine and its API server, because the engine spins while it waits.
     trimtab's sleeps (`server/worker/waiting.py`), and two cores decode faster than one. But then
     nobody else finds a core where an OpenMP thread spins for nothing, which GNU's does for
-    milliseconds: a network that is loaded beside running streams took three to four times as long.
+    long: a network that is loaded beside running streams took two to four times as long.
     Intel's OpenMP spins as vLLM tells it to, so there the core stays reserved. For the figures see
     docs/performance.md. On CUDA there is nothing to settle.
     """

@@ -1,7 +1,8 @@
 """What unguided requests pay for guided ones beside them, and for resident networks.
 
 Of a batch, none, a quarter, half and three quarters are guided; what counts is the time between
-two tokens of the unguided rows. vLLM plain is vLLM at its defaults, all of whose rows are unguided.
+two tokens of the unguided rows. vLLM plain is set up as trimtab is; all of its rows are
+unguided.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from deploy.bench.checkpoints import make_checkpoints
 from deploy.bench.engine import Run
 from deploy.bench.report import Answer, Cell, Table, rounded, say
 from deploy.bench.rounds import (
-    PLAIN,
+    ALIKE,
     Round,
     Rounds,
     by_case,
@@ -68,7 +69,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
 
         def measure(name: str, batch_size: int, number: int) -> Run | None:
             requests = make_requests(batch_size, arguments.tokens, number)
-            if name == PLAIN:
+            if name == ALIKE:
                 return plain.run(requests)
             guided = MIXES[name].guided(batch_size)
             if not guided and name != UNGUIDED:
@@ -77,9 +78,9 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
             requests[first:] = [r._replace(networks=(names[0],)) for r in requests[first:]]
             return trimtab.run(requests)
 
-        rounds = take_turns(arguments.batch_sizes, [PLAIN, *MIXES], arguments.rounds, measure)
+        rounds = take_turns(arguments.batch_sizes, [ALIKE, *MIXES], arguments.rounds, measure)
         engine = {"plain": plain.description, "trimtab": trimtab.description}
-    require_guided(rounds, [name for name in MIXES if name != UNGUIDED], PLAIN)
+    require_guided(rounds, [name for name in MIXES if name != UNGUIDED], ALIKE)
     unguided = unguided_rows(rounds)
     return Answer(
         tables=make_tables(rounds, unguided),
@@ -96,7 +97,7 @@ def unguided_rows(rounds: Rounds[int, Run]) -> Rounds[int, Run]:
         batch_size: [
             {
                 name: run
-                if name == PLAIN
+                if name == ALIKE
                 else Run(run.streams[: batch_size - MIXES[name].guided(batch_size)])
                 for name, run in measured.items()
             }
@@ -109,7 +110,7 @@ def unguided_rows(rounds: Rounds[int, Run]) -> Rounds[int, Run]:
 def equal_plain(rounds: Rounds[int, Run], unguided: Rounds[int, Run]) -> bool:
     """Whether unguided rows got plain vLLM's tokens, whatever was beside them."""
     return all(
-        run.tokens == whole[PLAIN].tokens[: len(run.streams)]
+        run.tokens == whole[ALIKE].tokens[: len(run.streams)]
         for batch_size in rounds
         for whole, rows in zip(rounds[batch_size], unguided[batch_size], strict=True)
         for run in rows.values()
@@ -120,14 +121,14 @@ def make_tables(rounds: Rounds[int, Run], unguided: Rounds[int, Run]) -> list[Ta
     return [
         Table(
             "Unguided rows: milliseconds between two tokens, median / 99th percentile",
-            by_case(unguided, [PLAIN, *MIXES], gap_figures),
+            by_case(unguided, [ALIKE, *MIXES], gap_figures),
         ),
         Table(
-            f"Unguided rows: time of a step against {PLAIN}",
-            by_case(unguided, MIXES, lambda found, name: ratio(found, name, PLAIN, step_seconds)),
+            f"Unguided rows: time of a step against {ALIKE}",
+            by_case(unguided, MIXES, lambda found, name: ratio(found, name, ALIKE, step_seconds)),
         ),
         Table(
-            f"A batch of unguided requests against {PLAIN}, the networks resident",
+            f"A batch of unguided requests against {ALIKE}, the networks resident",
             [whole_batch(batch_size, found) for batch_size, found in rounds.items()],
         ),
     ]
@@ -136,7 +137,7 @@ def make_tables(rounds: Rounds[int, Run], unguided: Rounds[int, Run]) -> list[Ta
 def whole_batch(batch_size: int, found: Sequence[Round[Run]]) -> dict[str, Cell]:
     return {
         "batch": batch_size,
-        "unguided / plain": rounded(ratio(found, UNGUIDED, PLAIN, seconds)),
-        "a step": rounded(ratio(found, UNGUIDED, PLAIN, step_seconds)),
+        "unguided / plain": rounded(ratio(found, UNGUIDED, ALIKE, seconds)),
+        "a step": rounded(ratio(found, UNGUIDED, ALIKE, step_seconds)),
         "goal: at most": MOST,
     }

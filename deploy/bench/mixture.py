@@ -1,7 +1,7 @@
 """Many networks: a batch spread over several, and many that are only resident.
 
-Three engines take turns: vLLM plain at its defaults, trimtab with one network, and trimtab with
-many, on which the same rows use one network, or are spread evenly over 2, 4, 8 or 16.
+Three engines take turns: vLLM plain (set up as trimtab is), trimtab with one network, and trimtab
+with many, on which the same rows use one network, or are spread evenly over 2, 4, 8 or 16.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from deploy.bench.checkpoints import make_checkpoints
 from deploy.bench.engine import Engine, Run
 from deploy.bench.report import Answer, Plot, Table, rounded, say
 from deploy.bench.rounds import (
-    PLAIN,
+    ALIKE,
     Round,
     Rounds,
     by_case,
@@ -58,24 +58,24 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
         plain_and_trimtab(checkpoints, folder) as (plain, trimtab),
         Engine(target, one, folder / "alone.log", **checkpoints.engine_options) as alone,
     ):
-        engines = dict.fromkeys(spread, trimtab) | {PLAIN: plain, ALONE: alone}
+        engines = dict.fromkeys(spread, trimtab) | {ALIKE: plain, ALONE: alone}
 
         def measure(name: str, batch_size: int, number: int) -> Run | None:
             count = spread.get(name, 1)
             if count > batch_size:
                 return None
             requests = make_requests(batch_size, arguments.tokens, number)
-            if name != PLAIN:
+            if name != ALIKE:
                 requests = [
                     request._replace(networks=(names[row % count],))
                     for row, request in enumerate(requests)
                 ]
             return engines[name].run(requests)
 
-        configurations = [PLAIN, ALONE, *spread]
+        configurations = [ALIKE, ALONE, *spread]
         rounds = take_turns(arguments.batch_sizes, configurations, arguments.rounds, measure)
         engine = {"plain": plain.description, "trimtab": trimtab.description}
-    require_guided(rounds, [ALONE, *spread], PLAIN)
+    require_guided(rounds, [ALONE, *spread], ALIKE)
     together = next(iter(spread))
     return Answer(
         tables=make_tables(rounds, list(spread), 1 + checkpoints.share(names[0])),
@@ -93,7 +93,7 @@ def make_tables(rounds: Rounds[int, Run], spread: Sequence[str], limit: float) -
     return [
         Table(
             "Milliseconds of the median step",
-            by_case(rounds, [PLAIN, ALONE, *spread], step_milliseconds),
+            by_case(rounds, [ALIKE, ALONE, *spread], step_milliseconds),
         ),
         Table(
             f"A step with many resident against {ALONE}, the same rows on one network",
@@ -102,7 +102,7 @@ def make_tables(rounds: Rounds[int, Run], spread: Sequence[str], limit: float) -
                     "batch": batch_size,
                     "many / one": rounded(ratio(found, together, ALONE, step_seconds)),
                     "goal: at most": MOST,
-                    "one / plain": rounded(ratio(found, ALONE, PLAIN, step_seconds)),
+                    "one / plain": rounded(ratio(found, ALONE, ALIKE, step_seconds)),
                     "limit": rounded(limit),
                 }
                 for batch_size, found in rounds.items()

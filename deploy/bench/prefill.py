@@ -1,8 +1,8 @@
 """Time to first token against the prompt's length, with a cold and a warm prefix cache.
 
 Cold: a new random prompt, which nobody has read; warm: the same one again, which the target's
-cache and the network's hold but for its last tokens. One request at a time; vLLM plain is vLLM at
-its defaults.
+cache and the network's hold but for its last tokens. One request at a time; vLLM plain is set
+up as trimtab is.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from deploy.bench.checkpoints import make_checkpoints
 from deploy.bench.engine import Engine
 from deploy.bench.report import Answer, Cell, Plot, Table, rounded, say
 from deploy.bench.rounds import (
+    ALIKE,
     GUIDED,
-    PLAIN,
     UNGUIDED,
     Round,
     Rounds,
@@ -33,7 +33,7 @@ from deploy.bench.rounds import (
 )
 
 POSITIONS = 8192
-CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED)
+CONFIGURATIONS = (ALIKE, UNGUIDED, GUIDED)
 
 
 class FirstTokens(NamedTuple):
@@ -64,14 +64,14 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     with plain_and_trimtab(checkpoints, folder) as (plain, trimtab):
 
         def measure(name: str, length: int, _: int) -> FirstTokens:
-            engine = plain if name == PLAIN else trimtab
+            engine = plain if name == ALIKE else trimtab
             networks = ("guiding",) if name == GUIDED else ()
             requests = make_requests(1, 1, f"fresh {next(fresh)}", *networks, length=length)
-            read, taken = [tokens_read(engine)] if name != PLAIN else [0], []
+            read, taken = [tokens_read(engine)] if name != ALIKE else [0], []
             for warm in (False, True):
                 (stream,) = engine.run(requests, warm).streams
                 taken.append(stream.time_to_first_token)
-                read.append(tokens_read(engine) if name != PLAIN else 0)
+                read.append(tokens_read(engine) if name != ALIKE else 0)
             if wrong := what_is_wrong(name, length, read):
                 sys.exit(wrong)
             return FirstTokens(*taken, read[1] - read[0], read[2] - read[1])
@@ -117,7 +117,7 @@ def make_tables(rounds: Rounds[int, FirstTokens], limit: float) -> list[Table]:
         for state in ("cold", "warm")
     ] + [
         Table(
-            f"Time to first token against {PLAIN}",
+            f"Time to first token against {ALIKE}",
             [{"tokens": length, **ratios(found, limit)} for length, found in rounds.items()],
         )
     ]
@@ -131,7 +131,7 @@ def ratios(found: Sequence[Round[FirstTokens]], limit: float) -> dict[str, Cell]
     named = {"guided": GUIDED, "unguided": UNGUIDED}
     return {
         f"{label} / plain, {state}": rounded(
-            ratio(found, name, PLAIN, lambda taken, state=state: getattr(taken, state))
+            ratio(found, name, ALIKE, lambda taken, state=state: getattr(taken, state))
         )
         for state in ("cold", "warm")
         for label, name in named.items()

@@ -19,6 +19,9 @@ from deploy.bench.engine import Engine, Request, Run
 from deploy.bench.report import Cell, rounded, say
 
 PLAIN = "vLLM plain"
+"""At its defaults."""
+ALIKE = "vLLM plain, set up alike"
+"""With trimtab's way of sharing cores and waiting, on a CPU: guidance is all that differs."""
 UNGUIDED = "trimtab unguided, networks resident"
 GUIDED = "trimtab guided"
 
@@ -172,8 +175,7 @@ def plain_and_trimtab(
     """Start vLLM plain, and vLLM with trimtab and all networks.
 
     Args:
-        set_up_alike: let both share cores and wait in the same way, so that guidance is all that
-            they differ in; otherwise plain is vLLM at its defaults.
+        set_up_alike: plain is `ALIKE`; otherwise `PLAIN`.
         options: of both engines.
     """
     target, networks = checkpoints.target, checkpoints.networks

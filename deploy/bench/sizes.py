@@ -1,7 +1,7 @@
 """What guidance costs against the network's size, beside its arithmetic limit.
 
 Networks of 1 to 30 % of the target's parameters are resident together. The limit of guided /
-plain is 1 + size; vLLM plain is vLLM at its defaults.
+plain is 1 + size; plain is set up as trimtab is.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from deploy.bench.checkpoints import (
 from deploy.bench.engine import Run
 from deploy.bench.report import Answer, Cell, Plot, Table, rounded, say
 from deploy.bench.rounds import (
-    PLAIN,
+    ALIKE,
     UNGUIDED,
     Rounds,
     by_case,
@@ -59,18 +59,18 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     target = make_target(folder, arguments.dtype)
     networks = make_sized_networks(folder, arguments.sizes, arguments.dtype, num_parameters(target))
     checkpoints = Checkpoints(target, networks, arguments.dtype)
-    names = [PLAIN, UNGUIDED, *networks]
+    names = [ALIKE, UNGUIDED, *networks]
     memory = VALUE_MEMORY_GB
     with plain_and_trimtab(checkpoints, folder, value_memory_gb=memory) as (plain, trimtab):
 
         def measure(name: str, batch_size: int, number: int) -> Run:
             chosen = (name,) if name in networks else ()
             requests = make_requests(batch_size, arguments.tokens, number, *chosen)
-            return (plain if name == PLAIN else trimtab).run(requests)
+            return (plain if name == ALIKE else trimtab).run(requests)
 
         rounds = take_turns(arguments.batch_sizes, names, arguments.rounds, measure)
         engine = {"plain": plain.description, "trimtab": trimtab.description}
-    require_guided(rounds, networks, PLAIN)
+    require_guided(rounds, networks, ALIKE)
     shares = {name: checkpoints.share(name) for name in networks}
     return Answer(
         tables=[
@@ -78,12 +78,12 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
                 "Tokens per second, all requests of a batch together",
                 by_case(rounds, names, lambda found, name: median(found, name, tokens_per_second)),
             ),
-            Table(f"Time against {PLAIN}, and efficiency", overheads(rounds, shares)),
+            Table(f"Time against {ALIKE}, and efficiency", overheads(rounds, shares)),
         ],
         plots=[make_plot(rounds, shares)],
         models=checkpoints.describe(),
         engine=engine,
-        checks={"unguided_tokens_equal_plain": same_tokens(rounds, UNGUIDED, PLAIN)},
+        checks={"unguided_tokens_equal_plain": same_tokens(rounds, UNGUIDED, ALIKE)},
         runs=runs_of(rounds, seconds=seconds),
     )
 
@@ -94,7 +94,7 @@ def overheads(rounds: Rounds[int, Run], shares: dict[str, float]) -> list[dict[s
     for name, share in shares.items():
         row: dict[str, Cell] = {"network": name, "limit": rounded(1 + share)}
         for batch_size, found in rounds.items():
-            overhead = ratio(found, name, PLAIN, seconds)
+            overhead = ratio(found, name, ALIKE, seconds)
             assert overhead is not None
             row[f"batch {batch_size}"] = rounded(overhead)
             row[f"efficiency, batch {batch_size}"] = rounded((overhead - 1) / share, 2)
@@ -106,7 +106,7 @@ def make_plot(rounds: Rounds[int, Run], shares: dict[str, float]) -> Plot:
     def points(batch_size: int) -> Sequence[tuple[float, float]]:
         found = rounds[batch_size]
         return [
-            (100 * share, ratio(found, name, PLAIN, seconds) or 0.0)
+            (100 * share, ratio(found, name, ALIKE, seconds) or 0.0)
             for name, share in shares.items()
         ]
 

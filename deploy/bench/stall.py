@@ -20,8 +20,8 @@ from deploy.bench.checkpoints import (
 from deploy.bench.engine import Run
 from deploy.bench.report import Answer, Table, rounded, say
 from deploy.bench.rounds import (
+    ALIKE,
     GUIDED,
-    PLAIN,
     UNGUIDED,
     Rounds,
     by_case,
@@ -39,7 +39,7 @@ STREAMS = 4
 POSITIONS = 8192
 QUIET, JOINED = "alone", "joined by a long prompt"
 AT_ONCE = "trimtab guided, prompts read at their end"
-CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED, AT_ONCE)
+CONFIGURATIONS = (ALIKE, UNGUIDED, GUIDED, AT_ONCE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,20 +84,20 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
                 # Of each configuration's own, for two of them share an engine and its caches.
                 (long,) = make_requests(1, 1, (number, name), *chosen, length=arguments.length)
                 requests.append(long._replace(joins_after=arguments.tokens // 2))
-            if name == PLAIN:
+            if name == ALIKE:
                 return plain.run(requests)
             trimtab.call(read_at_once, name == AT_ONCE)
             return trimtab.run(requests)
 
         rounds = take_turns([QUIET, JOINED], CONFIGURATIONS, arguments.rounds, measure)
         engine = {"plain": plain.description, "trimtab": trimtab.description}
-    require_guided(rounds, [GUIDED, AT_ONCE], PLAIN)
+    require_guided(rounds, [GUIDED, AT_ONCE], ALIKE)
     return Answer(
         tables=make_tables(rounds, 1 + checkpoints.share(network)),
         models=checkpoints.describe(),
         engine=engine,
         checks={
-            "unguided_tokens_equal_plain": same_tokens({QUIET: rounds[QUIET]}, UNGUIDED, PLAIN)
+            "unguided_tokens_equal_plain": same_tokens({QUIET: rounds[QUIET]}, UNGUIDED, ALIKE)
         },
         runs=runs_of(rounds, longest_gap=longest_gap, long_prompt_first_token=first_token),
     )
@@ -138,10 +138,10 @@ def make_tables(rounds: Rounds[str, Run], limit: float) -> list[Table]:
         row["first token of the long prompt"] = rounded(taken)
     against = [
         {"": name}
-        | {case: rounded(ratio(found, name, PLAIN, longest_gap)) for case, found in rounds.items()}
+        | {case: rounded(ratio(found, name, ALIKE, longest_gap)) for case, found in rounds.items()}
         | {
             "first token of the long prompt": rounded(
-                ratio(rounds[JOINED], name, PLAIN, lambda run: first_token(run) or 0)
+                ratio(rounds[JOINED], name, ALIKE, lambda run: first_token(run) or 0)
             ),
             "limit": 1.0 if name == UNGUIDED else rounded(limit),
         }
@@ -149,5 +149,5 @@ def make_tables(rounds: Rounds[str, Run], limit: float) -> list[Table]:
     ]
     return [
         Table(f"Longest wait of any of {STREAMS} streams for a token, milliseconds", longest),
-        Table(f"The same against {PLAIN}", against),
+        Table(f"The same against {ALIKE}", against),
     ]

@@ -26,6 +26,7 @@ from deploy.bench.checkpoints import (
 from deploy.bench.engine import Engine, Run
 from deploy.bench.report import Answer, Cell, Plot, Table, rounded, say
 from deploy.bench.rounds import (
+    ALIKE,
     GUIDED,
     PLAIN,
     UNGUIDED,
@@ -46,7 +47,6 @@ from deploy.bench.rounds import (
     tokens_per_second,
 )
 
-ALIKE = "vLLM plain, set up alike"
 MAPPED = "trimtab guided, another vocabulary"
 CACHED = "transformers, KV caches"
 UNCACHED = "transformers, no caches"

@@ -2,7 +2,7 @@ import pytest
 
 from deploy.bench.beside import MIXES, equal_plain, make_tables, unguided_rows
 from deploy.bench.engine import Run
-from deploy.bench.rounds import PLAIN, Rounds
+from deploy.bench.rounds import ALIKE, Rounds
 from tests.deploy.bench.runs import make_run
 
 NOTHING, _, HALF, _ = MIXES
@@ -13,7 +13,7 @@ def rounds(unguided: int) -> Rounds[int, Run]:
     return {
         4: [
             {
-                PLAIN: make_run([1, 1], [2, 2], [3, 3], [4, 4], step=0.1),
+                ALIKE: make_run([1, 1], [2, 2], [3, 3], [4, 4], step=0.1),
                 NOTHING: make_run([1, 1], [2, 2], [3, 3], [4, 4], step=0.102),
                 HALF: make_run([1, 1], [2, unguided], [8, 8], [9, 9], step=0.12),
             }
@@ -28,7 +28,7 @@ def test_mixes_are_quarters_of_a_batch() -> None:
 
 def test_only_unguided_rows_count() -> None:
     (measured,) = unguided_rows(rounds(2))[4]
-    assert [len(measured[name].streams) for name in (PLAIN, NOTHING, HALF)] == [4, 4, 2]
+    assert [len(measured[name].streams) for name in (ALIKE, NOTHING, HALF)] == [4, 4, 2]
 
 
 def test_unguided_rows_are_compared_with_plain_vllms() -> None:

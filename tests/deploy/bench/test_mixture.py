@@ -1,11 +1,11 @@
 import pytest
 
 from deploy.bench.mixture import ALONE, make_plot, make_tables
-from deploy.bench.rounds import PLAIN
+from deploy.bench.rounds import ALIKE
 from tests.deploy.bench.runs import timed
 
 SPREAD = {"64 resident, rows on 1": 1, "64 resident, rows on 16": 16}
-FEW = {PLAIN: timed(0.1), ALONE: timed(0.11), "64 resident, rows on 1": timed(0.121)}
+FEW = {ALIKE: timed(0.1), ALONE: timed(0.11), "64 resident, rows on 1": timed(0.121)}
 ROUNDS = {16: [{**FEW, "64 resident, rows on 16": timed(0.2)}], 4: [FEW]}
 
 

@@ -1,10 +1,10 @@
 import pytest
 
 from deploy.bench.prefill import FirstTokens, make_plot, make_tables, what_is_wrong
-from deploy.bench.rounds import GUIDED, PLAIN, UNGUIDED
+from deploy.bench.rounds import ALIKE, GUIDED, UNGUIDED
 
 ROUND = {
-    PLAIN: FirstTokens(1.0, 0.1, 0, 0),
+    ALIKE: FirstTokens(1.0, 0.1, 0, 0),
     UNGUIDED: FirstTokens(1.0, 0.11, 0, 0),
     GUIDED: FirstTokens(1.06, 0.12, 1024, 32),
 }

@@ -1,10 +1,10 @@
 import pytest
 
-from deploy.bench.rounds import PLAIN
+from deploy.bench.rounds import ALIKE
 from deploy.bench.sizes import make_plot, overheads
 from tests.deploy.bench.runs import timed
 
-ROUNDS = {4: [{PLAIN: timed(0.1), "10%": timed(0.115), "20%": timed(0.13)}]}
+ROUNDS = {4: [{ALIKE: timed(0.1), "10%": timed(0.115), "20%": timed(0.13)}]}
 SHARES = {"10%": 0.1, "20%": 0.2}
 
 

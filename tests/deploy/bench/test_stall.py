@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from deploy.bench.engine import Run, Stream
-from deploy.bench.rounds import GUIDED, PLAIN, UNGUIDED
+from deploy.bench.rounds import ALIKE, GUIDED, UNGUIDED
 from deploy.bench.stall import (
     AT_ONCE,
     JOINED,
@@ -37,7 +37,7 @@ def test_waits_are_compared_with_and_without_the_prompt() -> None:
     }
     longest, against = make_tables(rounds, limit=1.05)
     assert longest.rows[0] == {
-        "": PLAIN,
+        "": ALIKE,
         QUIET: pytest.approx(1000),
         JOINED: pytest.approx(2000),
         "first token of the long prompt": pytest.approx(4000),
@@ -61,4 +61,4 @@ def test_networks_can_be_kept_from_reading_ahead(monkeypatch: pytest.MonkeyPatch
         assert guidance._divide(1, 2, 3) == ((1, 2, 3), owed)
 
 
-WAITS = {PLAIN: 1.0, UNGUIDED: 1.0, GUIDED: 1.2, AT_ONCE: 1.4}
+WAITS = {ALIKE: 1.0, UNGUIDED: 1.0, GUIDED: 1.2, AT_ONCE: 1.4}

@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 
 from deploy.bench.checkpoints import Checkpoints
-from deploy.bench.rounds import GUIDED, PLAIN, UNGUIDED
+from deploy.bench.rounds import ALIKE, GUIDED, PLAIN, UNGUIDED
 from deploy.bench.throughput import (
-    ALIKE,
     CACHED,
     CONFIGURATIONS,
     MAPPED,

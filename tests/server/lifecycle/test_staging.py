@@ -365,11 +365,14 @@ async def test_a_server_is_ready_once_loads_have_what_they_import(tmp_path: Path
 
 
 @in_one_loop
-async def test_a_child_that_ends_early_keeps_no_server_from_its_start(tmp_path: Path) -> None:
+async def test_a_child_that_ends_early_keeps_no_server_from_its_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     stager = Stager(settings_of(tmp_path))
     stager.start()
     os.kill(pid_of(stager), signal.SIGKILL)
     await asyncio.wait_for(stager.ready(), staging.IMPORT_SECONDS / 2)
+    assert stager._child is None and "not ready yet" not in caplog.text
     await stager.close()
 
 
