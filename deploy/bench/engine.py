@@ -103,6 +103,7 @@ class Engine:
         *,
         value_memory_gb: float = 2.0,
         set_up_alike: bool = False,
+        environment: Mapping[str, str] = {},
         **options: Any,
     ) -> None:
         """
@@ -111,13 +112,23 @@ class Engine:
             log: a file for what the engine prints; trimtab's own files go beside it.
             value_memory_gb: GiB for the networks and their KV caches.
             set_up_alike: on a CPU, let plain vLLM share cores and wait as trimtab's server does.
+            environment: more variables of the engine's processes.
             options: of `vllm.LLM`, where they are not to be its defaults.
         """
         self._pipe, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         self._process = context.Process(
             target=_run,
-            args=(theirs, target, networks, log, value_memory_gb, set_up_alike, options),
+            args=(
+                theirs,
+                target,
+                networks,
+                log,
+                value_memory_gb,
+                set_up_alike,
+                dict(environment),
+                options,
+            ),
         )
         self._process.start()
         theirs.close()
@@ -201,6 +212,7 @@ def _run(
     log: Path,
     value_memory_gb: float,
     set_up_alike: bool,
+    environment: dict[str, str],
     options: dict[str, Any],
 ) -> None:
     """Serve `Engine` until its end of the pipe closes. Runs in a process of its own."""
@@ -213,6 +225,7 @@ def _run(
     os.environ.pop(ENVIRONMENT_VARIABLE, None)  # whoever started this may have a server's
     if set_up_alike:
         os.environ[ENVIRONMENT_VARIABLE] = ""  # its presence counts: server/worker/waiting.py
+    os.environ.update(environment)
     if networks or set_up_alike:
         settle_cores()
     served = _Served(target, networks, log.with_suffix(""), value_memory_gb, options)

@@ -89,24 +89,27 @@ def test_a_function_runs_in_the_worker(engine: Engine) -> None:
     assert len(engine.call("trimtab_networks")["networks"]) == 2
 
 
-@pytest.mark.parametrize("set_up_alike", [False, True])
+@pytest.mark.parametrize(
+    ("set_up_alike", "environment"), [(False, {"GOMP_SPINCOUNT": "700"}), (True, {})]
+)
 def test_vllm_without_trimtab_is_set_up_as_told(
     checkpoints: Checkpoints,
     tmp_path: Path,
     set_up_alike: bool,
+    environment: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "{}")  # as a shell beside a server may have it
     for variable in ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(variable, raising=False)
     options = checkpoints.engine_options | {"enforce_eager": True, "max_num_seqs": 8}
-    log = tmp_path / "plain.log"
-    with Engine(checkpoints.target, {}, log, set_up_alike=set_up_alike, **options) as plain:
+    options |= {"set_up_alike": set_up_alike, "environment": environment}
+    with Engine(checkpoints.target, {}, tmp_path / "plain.log", **options) as plain:
         wait, threads, spins = plain.call(how_it_runs)
     cores, shared = num_cores(), set_up_alike and num_cores() < RESERVED_FROM
     assert wait == ("nap" if set_up_alike else "sched_yield")
     assert threads == (cores if shared else max(1, cores - 1))
-    assert spins == (str(SPINS) if shared else None)
+    assert spins == (str(SPINS) if shared else environment.get("GOMP_SPINCOUNT"))
 
 
 def how_it_runs(_worker: Any) -> tuple[str, int, str | None]:
