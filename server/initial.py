@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from server import run_directory
-from server.lifecycle.staging import check_servable
+from server.lifecycle.folders import check_servable
 from server.lifecycle.state_file import CorruptStateFile, State, read_state
 from server.settings import Settings
 from value_models.snapshot import snapshot

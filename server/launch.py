@@ -20,7 +20,8 @@ from pydantic import BaseModel, ValidationError
 from server import run_directory
 from server.cpu import settle_cpu
 from server.initial import LaunchError, Memory, copy_networks, plan
-from server.lifecycle.staging import is_mapped
+from server.lifecycle.folders import is_mapped
+from server.lifecycle.staging import start_early
 from server.settings import Settings, instance_id, key_digest
 from server.token_bytes import TokenBytes
 from value_models.manifest import tokenizer_fingerprint
@@ -141,6 +142,8 @@ def main() -> None:
         _report(Refused(refused=" ".join(str(error).split())))
         raise SystemExit(2) from None
     _report(launched)
+    if (args.api_server_count or args.data_parallel_size) == 1:  # else vLLM starts others
+        start_early(Settings.load())
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 ENVIRONMENT_VARIABLE = "TRIMTAB_SETTINGS"
+STATUS_PATH = "/health/value_networks"
+"""Where a server says which instance it is, and which networks it has."""
 
 
 class Settings(BaseModel):

@@ -21,9 +21,8 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from server import run_directory
-from server.api.routes import STATUS_PATH
 from server.launch import MODULE, REPORT_FD, Launched, Refused
-from server.settings import cut_off_marker, instance_id
+from server.settings import STATUS_PATH, cut_off_marker, instance_id
 
 POLL_SECONDS = 0.25
 EXIT_SECONDS = 20

@@ -35,11 +35,10 @@ from server.choice import EXTRA_ARG, seal
 from server.lifecycle.catalog import Catalog
 from server.lifecycle.leases import Leases
 from server.lifecycle.lifecycle import Lifecycle
-from server.settings import Settings, instance_id
+from server.settings import STATUS_PATH, Settings, instance_id
 
 GUIDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MODELS_PATH = "/v1/models"
-STATUS_PATH = "/health/value_networks"
 NETWORKS_HEADER = "x-value-networks"
 OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 

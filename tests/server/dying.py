@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from server import run_directory
 from server.lifecycle.catalog import Catalog
+from server.lifecycle.folders import Folders
 from server.lifecycle.leases import Leases
 from server.lifecycle.lifecycle import Lifecycle
-from server.lifecycle.staging import Folders, NetworkFacts, StagedNetwork
+from server.lifecycle.staging import NetworkFacts, StagedNetwork
 from server.settings import Settings
 from tests.models import make_tokenizer
 from tests.server.networks import Engines, Worker

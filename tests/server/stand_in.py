@@ -9,9 +9,8 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-from server.api.routes import STATUS_PATH
 from server.launch import REPORT_FD, Launched, Refused
-from server.settings import cut_off_marker, instance_id
+from server.settings import STATUS_PATH, cut_off_marker, instance_id
 
 KEY = f"key {os.getpid()}"
 FOREIGN = "foreign"

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
 from tests.models import OTHER_TEXT, make_network, make_tokenizer
 from tests.server.conftest import SMALL
-from tests.server.serving import TARGET, serving, trimtab
+from tests.server.serving import TARGET, Served, serving, trimtab
 
 GREEDY = {"temperature": 0}
 
@@ -158,6 +159,20 @@ def test_a_bad_network_is_refused_in_one_line(checkpoints: Path) -> None:
     assert "without a manifest" in errors and len(errors.splitlines()) == 1
 
 
+def test_who_reads_networks_folders_is_there_before_the_engine(server: Served) -> None:
+    (launched,) = children(server.process.pid)
+    started = {
+        module: [
+            psutil.Process(pid).create_time()
+            for pid in children(launched)
+            if module in command(pid)
+        ]
+        for module in ("server.lifecycle.folders", "EngineCore")
+    }
+    (reader,), (engine,) = started.values()
+    assert reader < engine
+
+
 def test_sigterm_finishes_running_requests(checkpoints: Path, tmp_path: Path) -> None:
     """With several API processes, which vLLM itself would end at once, and a key."""
     network = f"qa={checkpoints / 'networks' / 'qa'}"
@@ -167,6 +182,8 @@ def test_sigterm_finishes_running_requests(checkpoints: Path, tmp_path: Path) ->
         serving(tmp_path, checkpoints / "target", *flags) as served,
         httpx.Client(base_url=served.url, timeout=None) as client,
     ):
+        (launched,) = children(served.process.pid)
+        assert not any("server.lifecycle.folders" in command(pid) for pid in children(launched))
         denied = client.post("/v1/completions", json=asked)
         assert (denied.status_code, denied.json()) == (401, {"error": "Unauthorized"})
         client.headers["Authorization"] = "Bearer sesame"

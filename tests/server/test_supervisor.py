@@ -162,3 +162,9 @@ def test_errors_are_what_tells() -> None:
     noise = [f"INFO {number}" for number in range(100)]
     assert telling_lines([*noise, "ValueError: x", *noise]) == ["ValueError: x"]
     assert telling_lines(noise) == noise[-15:]
+
+
+def test_what_takes_seconds_to_import_is_left_to_the_child() -> None:
+    heavy = "import sys, server.supervisor; print({'torch', 'vllm', 'fastapi'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 
 from server.lifecycle import staging
-from server.lifecycle.staging import Folders, Stager, StagingError
+from server.lifecycle.folders import Folders
+from server.lifecycle.staging import Stager, StagingError
 from server.settings import Settings
 from tests.models import (
     OTHER_TEXT,
@@ -365,6 +366,22 @@ async def test_a_server_is_ready_once_loads_have_what_they_import(tmp_path: Path
 
 
 @in_one_loop
+async def test_a_child_may_be_there_before_the_event_loop(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    staging.start_early(settings)
+    assert staging._early is not None
+    pid = staging._early.pid
+    stager, other = Stager(settings), Stager(settings)
+    stager.start()
+    other.start()
+    assert pid_of(stager) == pid != pid_of(other)
+    (tmp_path / "store").mkdir()
+    assert await stager.list() == []
+    await stager.close()
+    await other.close()
+
+
+@in_one_loop
 async def test_a_child_that_ends_early_keeps_no_server_from_its_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -474,7 +491,7 @@ def test_a_child_ends_with_its_parent(settings: Settings) -> None:
     )
     assert parent.stdout is not None
     child = Path("/proc", parent.stdout.readline().decode().strip(), "cmdline")
-    assert b"server.lifecycle.staging" in child.read_bytes()
+    assert b"server.lifecycle.folders" in child.read_bytes()
     parent.kill()
     parent.communicate()
     while child.exists() and child.read_bytes():  # empty: dead, but not waited for
