@@ -142,7 +142,7 @@ def main() -> None:
         _report(Refused(refused=" ".join(str(error).split())))
         raise SystemExit(2) from None
     _report(launched)
-    if (args.api_server_count or args.data_parallel_size) == 1:  # else vLLM starts others
+    if (args.api_server_count or args.data_parallel_size) == 1:  # then this process serves
         start_early(Settings.load())
 
     from vllm.entrypoints.cli.serve import ServeSubcommand

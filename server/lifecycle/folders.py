@@ -3,7 +3,7 @@
 It reads requests from its standard input, a line of JSON each, and answers on its standard
 output, in any order: `{"id", "method", ...}` -> `{"id", "result"}` or
 `{"id", "refused", "because"}`. The first line, which nobody asked for, says that it has imported
-what checks need. It ends when its input does, so never outlives its parent.
+what checks need. It ends with its parent: by the kernel, or when its input ends.
 
 It works at nice 19: where decoding keeps the cores busy it gets about a seventieth of them, and
 where decoding leaves gaps it gets those. SCHED_IDLE would get a fifth of that, too little for a

@@ -1,11 +1,10 @@
-"""The process that touches network folders: one for each API process, at low priority.
+"""How an API process has networks' folders read: by a child process, at low priority.
 
 Reading, hashing, checking and copying take seconds, and whatever a folder holds must not harm the
-server. So a child process does it: a folder that crashes it costs that one request, and the child
-is replaced.
+server. A folder that crashes the child costs that one request, and the child is replaced.
 
-What the child does is in `server.lifecycle.folders`. What it imports takes seconds, so it is
-started before the engine, which takes longer (`start_early`).
+What the child does is in `server.lifecycle.folders`. What it imports takes seconds, so where there
+is one API process it is started before the engine, which takes longer (`start_early`).
 """
 
 import asyncio
@@ -309,7 +308,8 @@ def start_early(settings: Settings) -> None:
 def _take_early() -> "subprocess.Popen[bytes] | None":
     global _early
     process, _early = _early, None
-    return process
+    # It is the first to go when memory is short, which it may be while an engine starts.
+    return process if process is not None and process.poll() is None else None
 
 
 def _spawn(settings: Settings) -> "subprocess.Popen[bytes]":

@@ -24,9 +24,3 @@ def test_guidance_is_priced_within_an_engine_and_ways_are_compared_across() -> N
     }
     assert [row["batch 4"] for row in priced.rows] == list(map(pytest.approx, (1.1, 1.05, 1.1)))
     assert priced.rows[1]["efficiency, batch 4"] == pytest.approx(1.0)
-
-
-def test_each_way_is_the_engines_environment() -> None:
-    assert LATE.environment["GOMP_SPINCOUNT"] == "300000"
-    assert LATE.environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
-    assert "GOMP_SPINCOUNT" not in RESERVED.environment
