@@ -2,16 +2,15 @@
 
 A worker on all cores stands in the way of the others, unless its OpenMP threads fall asleep soon
 where they have nothing to do. To wake them takes time, which guidance may pay as well as the
-target: what it costs is taken within one engine, so no two processes' differences are in it. Small
-steps of a network take one thread there; they are also measured on all. What loads make of it,
-`swapping` tells. On a CPU only.
+target: what it costs is taken within one engine, so no two processes' differences are in it.
+What loads make of it, `swapping` tells. On a CPU only.
 """
 
 import argparse
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from deploy.bench.arguments import add_batches, add_dtype, add_rounds, within
 from deploy.bench.checkpoints import make_checkpoints
@@ -32,8 +31,6 @@ from deploy.bench.rounds import (
     tokens_per_second,
 )
 from server.cpu import SPINS
-from server.worker import threads
-from server.worker.threads import ALONE
 
 GUIDING = "guiding"
 GNU_SPINS = 300_000
@@ -53,10 +50,6 @@ class Sharing(NamedTuple):
     @property
     def guided(self) -> str:
         return f"{self.name}, guided"
-
-    @property
-    def on_all_threads(self) -> str:
-        return f"{self.name}, guided, networks on all threads"
 
 
 RESERVED = Sharing("a core reserved", {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"})
@@ -98,19 +91,11 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
                 **checkpoints.engine_options,
             )
             engines |= dict.fromkeys((way.unguided, way.guided), running.enter_context(engine))
-        spread = ways[0].on_all_threads
-        engines[spread] = engines[ways[0].guided]
 
         def measure(name: str, batch_size: int, number: int) -> Run:
-            chosen = () if name in [way.unguided for way in ways] else (GUIDING,)
+            chosen = (GUIDING,) if name in [way.guided for way in ways] else ()
             requests = make_requests(batch_size, arguments.tokens, number, *chosen)
-            if name != spread:
-                return engines[name].run(requests)
-            engines[name].call(compute_on_one_thread_up_to, 0)
-            try:
-                return engines[name].run(requests)
-            finally:
-                engines[name].call(compute_on_one_thread_up_to, ALONE)
+            return engines[name].run(requests)
 
         rounds = take_turns(arguments.batch_sizes, engines, arguments.rounds, measure)
         description = engine.description
@@ -135,7 +120,6 @@ def make_tables(rounds: Rounds[int, Run], ways: Sequence[Sharing], limit: float)
     names = [name for way in ways for name in (way.unguided, way.guided)]
     reference = {way.unguided: first.unguided for way in ways}
     reference |= {way.guided: first.guided for way in ways}
-    reference[first.on_all_threads] = first.guided
 
     def against_first(found: Sequence[Round[Run]], name: str) -> float | None:
         return ratio(found, name, reference[name], seconds)
@@ -145,10 +129,7 @@ def make_tables(rounds: Rounds[int, Run], ways: Sequence[Sharing], limit: float)
             "Tokens per second, all requests of a batch together",
             by_case(rounds, names, lambda found, name: median(found, name, tokens_per_second)),
         ),
-        Table(
-            f"Time against {first.name}",
-            by_case(rounds, [*names[2:], first.on_all_threads], against_first),
-        ),
+        Table(f"Time against {first.name}", by_case(rounds, names[2:], against_first)),
         Table(
             "Guided / unguided in the same engine, and efficiency",
             [{"": way.name, **prices(rounds, way, limit)} for way in ways],
@@ -165,8 +146,3 @@ def prices(rounds: Rounds[int, Run], way: Sharing, limit: float) -> dict[str, Ce
         row[f"batch {batch_size}"] = rounded(price)
         row[f"efficiency, batch {batch_size}"] = rounded((price - 1) / (limit - 1), 2)
     return row
-
-
-def compute_on_one_thread_up_to(_worker: Any, multiply_adds: int) -> None:
-    """In vLLM's worker: change what a network computes on one thread."""
-    threads.ALONE = multiply_adds

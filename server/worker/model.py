@@ -27,7 +27,6 @@ from server.worker.loading import (
     release_weights,
     weights_bytes,
 )
-from server.worker.threads import threads_for
 from value_models.store import ModelFolder
 
 logger = init_logger(__name__)
@@ -126,7 +125,6 @@ class NetworkModel:
         self.path: Path = folder.path
         self.config = config
         self.vocab_size = folder.vocab_size
-        self._num_parameters = folder.num_parameters
         self.longest: int = config.model_config.max_model_len
         self.weights_bytes = num_bytes
         self.num_tokens = 0
@@ -293,11 +291,10 @@ class NetworkModel:
         self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor
     ) -> torch.Tensor:
         """Run one token of each row. The hot path: no Python per row."""
-        with threads_for(self._num_parameters, len(slots)):
-            hidden = self._forward.decode(tokens, positions, slots)
-            self.table.computed[slots] = positions + 1
-            self.num_tokens += len(slots)
-            return self._model.compute_logits(hidden)
+        hidden = self._forward.decode(tokens, positions, slots)
+        self.table.computed[slots] = positions + 1
+        self.num_tokens += len(slots)
+        return self._model.compute_logits(hidden)
 
     def _make_room(self, rows: Rows) -> bool:
         """Find blocks for rows whose last one is full; False: not for all of them."""

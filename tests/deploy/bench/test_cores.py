@@ -10,7 +10,6 @@ def test_guidance_is_priced_within_an_engine_and_ways_are_compared_across() -> N
     measured = {
         SOON.unguided: timed(0.1),
         SOON.guided: timed(0.11),
-        SOON.on_all_threads: timed(0.132),
         LATE.unguided: timed(0.09),
         LATE.guided: timed(0.0945),
         RESERVED.unguided: timed(0.2),
@@ -22,7 +21,6 @@ def test_guidance_is_priced_within_an_engine_and_ways_are_compared_across() -> N
         LATE.guided: pytest.approx(0.859, abs=1e-3),
         RESERVED.unguided: pytest.approx(2.0),
         RESERVED.guided: pytest.approx(2.0),
-        SOON.on_all_threads: pytest.approx(1.2),
     }
     assert [row["batch 4"] for row in priced.rows] == list(map(pytest.approx, (1.1, 1.05, 1.1)))
     assert priced.rows[1]["efficiency, batch 4"] == pytest.approx(1.0)
