@@ -20,6 +20,7 @@ from deploy.bench.rounds import (
     Round,
     Rounds,
     by_case,
+    efficiency,
     make_requests,
     median,
     ratio,
@@ -144,5 +145,5 @@ def prices(rounds: Rounds[int, Run], way: Sharing, limit: float) -> dict[str, Ce
         price = ratio(found, way.guided, way.unguided, seconds)
         assert price is not None
         row[f"batch {batch_size}"] = rounded(price)
-        row[f"efficiency, batch {batch_size}"] = rounded((price - 1) / (limit - 1), 2)
+        row[f"efficiency, batch {batch_size}"] = rounded(efficiency(price, limit), 2)
     return row

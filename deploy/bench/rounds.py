@@ -83,6 +83,16 @@ def ratio(
     return statistics.median(ratios) if ratios else None
 
 
+def efficiency(overhead: float, limit: float) -> float:
+    """Return what guidance costs for each of what its arithmetic does (research.md, "Measures").
+
+    Args:
+        overhead: time of guided requests over that of unguided ones.
+        limit: the same, by arithmetic alone.
+    """
+    return (overhead - 1) / (limit - 1)
+
+
 def pooled(
     rounds: Sequence[Round[T]], name: str, values: Callable[[T], Sequence[float]]
 ) -> list[float]:

@@ -23,6 +23,7 @@ from deploy.bench.rounds import (
     UNGUIDED,
     Rounds,
     by_case,
+    efficiency,
     make_requests,
     median,
     plain_and_trimtab,
@@ -97,7 +98,7 @@ def overheads(rounds: Rounds[int, Run], shares: dict[str, float]) -> list[dict[s
             overhead = ratio(found, name, ALIKE, seconds)
             assert overhead is not None
             row[f"batch {batch_size}"] = rounded(overhead)
-            row[f"efficiency, batch {batch_size}"] = rounded((overhead - 1) / share, 2)
+            row[f"efficiency, batch {batch_size}"] = rounded(efficiency(overhead, 1 + share), 2)
         rows.append(row)
     return rows
 

@@ -34,6 +34,7 @@ from deploy.bench.rounds import (
     Rounds,
     by_case,
     curves,
+    efficiency,
     gap_figures,
     make_requests,
     median,
@@ -180,7 +181,7 @@ def ratios(found: Sequence[Round[Run]], limit: float) -> dict[str, Cell]:
     return {
         "guided / plain": rounded(guided),
         "limit": rounded(limit),
-        "efficiency": rounded(None if alike is None else (alike - 1) / (limit - 1), 2),
+        "efficiency": rounded(None if alike is None else efficiency(alike, limit), 2),
         "guided / plain set up alike": rounded(ratio(found, GUIDED, ALIKE, seconds)),
         "plain set up alike / plain": rounded(ratio(found, ALIKE, PLAIN, seconds)),
         "unguided / plain": rounded(ratio(found, UNGUIDED, PLAIN, seconds)),
