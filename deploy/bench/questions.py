@@ -14,6 +14,7 @@ from deploy.bench import (
     fusion,
     mixture,
     prefill,
+    price,
     profile,
     retokenization,
     sizes,
@@ -41,6 +42,7 @@ class Question(Protocol):
 
 QUESTIONS: dict[str, Question] = {
     "throughput": throughput,
+    "price": price,
     "prefill": prefill,
     "stall": stall,
     "sizes": sizes,

@@ -146,9 +146,8 @@ def running(
             env=environment,
         )
     try:
-        with httpx.Client(
-            base_url=url, timeout=5
-        ) as client:  # a new one each time would keep a core busy
+        # One client: to make one at each look would keep a core busy.
+        with httpx.Client(base_url=url, timeout=5) as client:
             while not is_ready(client):
                 if server.poll() is not None:
                     raise RuntimeError(f"the server ended:\n{log.read_text()[-3000:]}")

@@ -11,6 +11,7 @@ from vllm.distributed.device_communicators import shm_broadcast
 
 from deploy.bench.checkpoints import Checkpoints, make_large_checkpoints
 from deploy.bench.engine import Engine, Request
+from deploy.bench.price import put_back, take_out
 from deploy.bench.rounds import make_prompts
 from server.cpu import RESERVED_FROM, SPINS, num_cores
 from server.settings import ENVIRONMENT_VARIABLE
@@ -78,6 +79,16 @@ def test_a_request_joins_when_the_others_have_so_many_tokens(engine: Engine) -> 
         [*(Request(prompt, 12) for prompt in SHORT), Request(LONG, 1, joins_after=6)]
     ).streams
     assert max(first.arrivals[5], second.arrivals[5]) <= joined.sent < first.arrivals[-1]
+
+
+def test_trimtab_can_be_taken_out_of_the_step_and_put_back(engine: Engine) -> None:
+    unguided, guided = Request(SHORT[0], 8), Request(SHORT[0], 8, ("first",))
+    expected = [engine.run([request]).tokens for request in (unguided, guided, unguided)]
+    engine.call(take_out)
+    assert [engine.run([guided]).tokens, engine.run([unguided]).tokens] == [expected[0]] * 2
+    engine.call(put_back)
+    assert [engine.run([r]).tokens for r in (unguided, guided, unguided)] == expected
+    assert expected[0] != expected[1]
 
 
 def resident(worker: Any, key: str) -> list[str]:

@@ -4,6 +4,7 @@ from deploy.bench.rounds import (
     by_case,
     curves,
     gap_figures,
+    interval,
     make_prompts,
     make_requests,
     median,
@@ -29,6 +30,17 @@ def test_ratios_are_of_one_round() -> None:
     assert ratio(ROUNDS, "guided", "plain", float) == pytest.approx(1.1)
     assert ratio(ROUNDS, "seldom", "plain", float) == 2.0
     assert ratio(ROUNDS, "never", "plain", float) is None
+
+
+def test_an_interval_is_of_ratios_that_were_seen_and_takes_rounds_enough() -> None:
+    def rounds(count: int) -> list[dict[str, float]]:
+        return [{"plain": 2.0, "guided": 2.0 + index} for index in range(count)]
+
+    assert interval(rounds(5), "guided", "plain", float) == (None, None)
+    assert interval(rounds(6), "guided", "plain", float) == (1.0, 3.5)
+    # Of 30 rounds, the 10th and the 21st ratio, as tables of the sign test have it.
+    assert interval(rounds(30), "guided", "plain", float) == (5.5, 11.0)
+    assert interval([{"plain": 1.0}] * 30, "guided", "plain", float) == (None, None)
 
 
 def test_medians_are_over_the_rounds_that_there_are() -> None:
