@@ -8,8 +8,11 @@ import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two processes run tests at once. Threads of both on the same cores wait for each other.
+    # Two processes run tests at once. Threads of both on the same cores wait for each other, and
+    # vLLM would bind the workers of both to the same core.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams
-from vllm.distributed.device_communicators import shm_broadcast
+from vllm import LLM, RequestOutput, SamplingParams
 
 from server.worker.compilation import _compiled_module
 from tests.models import make_contrast, make_model, make_network
@@ -77,9 +76,41 @@ def mixed_asks(seed: int, count: int = 40) -> list[Ask]:
     return asks
 
 
+def unguided_asks() -> list[Ask]:
+    asks = mixed_asks(seed=5)
+    return [Ask(ask.prompt, ask.max_tokens, None, 1.0, {"logprobs": 2}) for ask in asks]
+
+
 @pytest.fixture(scope="module")
-def engine(models: dict[str, Path]) -> Iterator[GuidedEngine]:
-    """Ample memory and prefix caches, fewer seats than requests: they join and leave."""
+def plain(models: dict[str, Path]) -> list[RequestOutput]:
+    """What vLLM without trimtab answers to `unguided_asks`."""
+    llm = LLM(str(models["target"]), dtype="float32", enforce_eager=True, max_num_seqs=8)
+    try:
+        return llm.generate(
+            [{"prompt_token_ids": ask.prompt} for ask in unguided_asks()],
+            [
+                SamplingParams(
+                    temperature=0,
+                    max_tokens=ask.max_tokens,
+                    ignore_eos=True,
+                    detokenize=False,
+                    **ask.options,
+                )
+                for ask in unguided_asks()
+            ],
+            use_tqdm=False,
+        )
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engine(models: dict[str, Path], plain: list[RequestOutput]) -> Iterator[GuidedEngine]:
+    """Ample memory and prefix caches, fewer seats than requests: they join and leave.
+
+    Started once vLLM without trimtab has ended, whose end takes down what all engines of a process
+    share.
+    """
     target = models.pop("target")
     padded = models.pop("padded")
     networks = dict(models)
@@ -153,36 +184,13 @@ def test_sampling_parameters_act_on_guided_logits(engine: GuidedEngine, penalty:
         seen.append(token)
 
 
-def test_scale_zero_and_no_network_are_plain_vllm(engine: GuidedEngine) -> None:
+def test_unguided_requests_are_plain_vllms(
+    engine: GuidedEngine, plain: list[RequestOutput]
+) -> None:
     """The same unguided requests, beside guided ones and in vLLM without trimtab."""
-    asks = [
-        Ask(ask.prompt, ask.max_tokens, None, 1.0, {"logprobs": 2}) for ask in mixed_asks(seed=5)
-    ]
+    asks = unguided_asks()
     guided = [Ask(ask.prompt, ask.max_tokens, "llama") for ask in asks[:6]]
     beside = engine.run([*asks, *guided])[: len(asks)]
-    plain_llm = LLM(
-        engine.llm.llm_engine.model_config.model,
-        dtype="float32",
-        enforce_eager=True,
-        max_num_seqs=8,
-    )
-    try:
-        plain = plain_llm.generate(
-            [{"prompt_token_ids": ask.prompt} for ask in asks],
-            [
-                SamplingParams(
-                    temperature=0,
-                    max_tokens=ask.max_tokens,
-                    ignore_eos=True,
-                    detokenize=False,
-                    logprobs=2,
-                )
-                for ask in asks
-            ],
-            use_tqdm=False,
-        )
-    finally:
-        plain_llm.llm_engine.engine_core.shutdown()
     for with_trimtab, without in zip(beside, plain, strict=True):
         assert with_trimtab.outputs[0].token_ids == without.outputs[0].token_ids
         for a, b in zip(with_trimtab.outputs[0].logprobs, without.outputs[0].logprobs, strict=True):
@@ -251,14 +259,6 @@ def test_compiled_networks_of_one_architecture(tmp_path: Path) -> None:
         engine.call("retire", "a", False)
         engine.call("unload", f"a@{engine.versions['a']}")
         engine.assert_exact(asks[1:4], engine.run(asks[1:4]))
-
-
-def test_its_worker_waits_asleep(engine: GuidedEngine) -> None:
-    assert engine.llm.collective_rpc(how_it_waits) == ["nap"]
-
-
-def how_it_waits(_worker: Any) -> str:
-    return str(shm_broadcast.sched_yield.__name__)
 
 
 def mode_of(worker: Any, name: str) -> str:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from vllm.distributed.device_communicators import shm_broadcast
 
 from tests.models import make_model, make_network
 from tests.server.worker.engine import GuidedEngine, guided_engine
@@ -50,3 +52,11 @@ def test_networks_come_and_go(engine: GuidedEngine, root: Path) -> None:
     assert not networks_named(engine, "new")
     load(engine, "new", root / "second")
     engine.assert_exact(after, engine.run(after))
+
+
+def test_its_workers_wait_asleep(engine: GuidedEngine) -> None:
+    assert engine.llm.collective_rpc(how_it_waits) == ["nap", "nap"]
+
+
+def how_it_waits(_worker: Any) -> str:
+    return str(shm_broadcast.sched_yield.__name__)
