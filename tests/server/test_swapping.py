@@ -29,7 +29,7 @@ from tests.models import (
     make_tokenizer,
 )
 from tests.server.conftest import SMALL
-from tests.server.generating import Answer, Generating, Request, RequestFailed, complete
+from tests.server.generating import Answer, Generating, Request, complete
 from tests.server.operator import LoadFailed, Operator
 from tests.server.serving import TARGET, Served, serving
 from value_models.publish import publish
@@ -546,38 +546,3 @@ def test_two_operators_get_definite_answers_and_one_of_two_ends(
             (version,) = info["versions"]
             assert version["state"] == "ready" and version["source"] == names[version["version"]]
     operator.unload("fought-over")
-
-
-def test_a_restart_finds_the_same_networks(directory: Path, target: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    for seed, name in enumerate(("kept", "renamed", "retired", "unused"), start=20):
-        make_network(store / name, **SMALL, seed=seed)
-    flags = ("--value-network-dir", store, "--state-file", tmp_path / "state.json")
-    with serving(tmp_path / "first", target, *flags) as served:
-        with httpx.Client(base_url=served.url, timeout=60) as client:
-            operator = Operator(client)
-            operator.load("alias", "renamed")
-            for name in ("renamed", "retired"):
-                operator.unload(name)
-            before = operator.resident()
-            assert set(before) == {"kept", "alias", "unused"}
-            shutil.rmtree(store / "unused")
-            expected = complete(client, asking("alias"))
-        assert served.stop() == 0
-    make_network(store / "published-meanwhile", **SMALL, seed=30)
-    with (
-        serving(tmp_path / "second", target, *flags) as served,
-        httpx.Client(base_url=served.url, timeout=60) as client,
-    ):
-        operator = Operator(client)
-        del before["unused"]
-        assert operator.resident() == before
-        assert complete(client, asking("alias")) == expected
-        withheld = {n["name"] for n in operator.overview()["data"] if n["withheld"]}
-        assert withheld == {"renamed", "retired"}
-        assert client.post("/v1/completions", json=asking("retired")).status_code == 404
-        missing = operator.describe("unused")
-        assert missing is None or missing["state"] == "failed"
-        assert complete(client, asking("published-meanwhile")).networks
-        with pytest.raises(RequestFailed):
-            complete(client, asking("unused"))
