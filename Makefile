@@ -23,11 +23,11 @@ serve: $(READY)
 		--value-network-dir $(WEIGHTS)/networks --host $(HOST) --port $(PORT)
 
 # Most of the time is engines starting, each on about one core: two at once, but for tests that need the
-# machine for themselves. A file's tests share their engines.
+# machine for themselves. A file's tests share their engines, and files with engines come first.
 test: $(READY)
 	@status=0; \
 	.venv/bin/python -m pytest -q -m alone || status=1; \
-	.venv/bin/python -m pytest -q -m "not alone" -n 2 --dist loadfile || status=1; \
+	.venv/bin/python -m pytest -q -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder || status=1; \
 	exit $$status
 
 check: $(READY)

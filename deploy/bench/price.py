@@ -1,4 +1,4 @@
-"""What guidance costs, and what resident networks cost those who do not use them, in one engine.
+"""What guidance costs, and what resident networks cost others, within one engine.
 
 The other questions compare processes, and two of them differ by more than what these goals leave.
 Here the same engine decodes unguided requests with trimtab taken out of its steps, then with it,
