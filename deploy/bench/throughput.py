@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_batches(parser, (1, 4, 16))
     add_dtype(parser)
     parser.add_argument(
+        "--prompt",
+        type=within(1, 384),
+        default=32,
+        help="tokens of each prompt (32); transformers pay more for long ones",
+    )
+    parser.add_argument(
         "--peers",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -109,7 +115,10 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
                 if batch_size > LARGEST_UNCACHED_BATCH or number > 1:
                     return None
                 tokens = tokens if number else 2
-            return runners[name](make_requests(batch_size, tokens, number, *networks))
+            length = arguments.prompt
+            return runners[name](
+                make_requests(batch_size, tokens, number, *networks, length=length)
+            )
 
         rounds = take_turns(arguments.batch_sizes, names, arguments.rounds, measure)
         engine = {"plain": plain.description, "trimtab": trimtab.description}
