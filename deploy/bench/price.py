@@ -8,6 +8,7 @@ such intervals hold the true median.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
         folder / "trimtab.log",
         **checkpoints.engine_options,
     ) as engine:
+        description = engine.description
+        if description["v2_model_runner"]:
+            sys.exit("Only vLLM's V1 model runner can do without: set VLLM_USE_V2_MODEL_RUNNER=0")
 
         def measure(name: str, batch_size: int, number: int) -> Run:
             chosen = (names[0],) if name == GUIDED else ()
@@ -74,7 +78,6 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
 
         configurations = (BARE, UNGUIDED, GUIDED)
         rounds = take_turns(arguments.batch_sizes, configurations, arguments.rounds, measure)
-        description = engine.description
     require_guided(rounds, [GUIDED], BARE)
     return Answer(
         tables=make_tables(rounds, 1 + checkpoints.share(names[0])),
@@ -131,8 +134,6 @@ _taken: dict[str, Any] = {}
 def take_out(worker: Any) -> None:
     """Leave vLLM's V1 runner as it is without trimtab. No guided request may be running."""
     runner = worker.model_runner
-    if worker.use_v2_model_runner:
-        raise NotImplementedError("only out of vLLM's V1 model runner")
     processor, processors = worker._processor(), runner.input_batch.logitsprocs
     if processor._rows:
         raise RuntimeError("guided requests are running")
