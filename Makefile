@@ -23,7 +23,8 @@ serve: $(READY)
 		--value-network-dir $(WEIGHTS)/networks --host $(HOST) --port $(PORT)
 
 # Most of the time is engines starting, each on about one core: two at once, but for tests that need the
-# machine for themselves. A file's tests share their engines, and files with engines come first.
+# machine for themselves. A file's tests share their engines. In the order of their names, files without
+# engines, value_models', are left for last, and fill what time the longer ones leave.
 test: $(READY)
 	@status=0; \
 	.venv/bin/python -m pytest -q -m alone || status=1; \

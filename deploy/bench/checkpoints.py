@@ -151,6 +151,7 @@ def make_mapped(folder: Path, dtype: str) -> Path:
         tokenizer=make_sentencepiece_tokenizer(),
         seed=1000,
         **NETWORK,
+        max_position_embeddings=2 * POSITIONS,  # of prompts at random it has twice the tokens
         dtype=dtype,
     )
 

@@ -84,11 +84,11 @@ def interval(
 ) -> tuple[float, float] | tuple[None, None]:
     """Return two of the rounds' ratios, between which the true median is with 95 % confidence.
 
-    Each ratio is as likely above it as below it, whatever their distribution (the binomial interval
-    of order statistics). None where that takes more rounds: 6 are the fewest.
+    Rounds must be independent; each ratio is as likely above the median as below it, whatever their
+    distribution (the binomial interval of order statistics). None below 6 rounds, the fewest.
     """
     ratios = sorted(_ratios(rounds, over, under, value))
-    beyond = 0  # of the 2 ** rounds ways to be above and below it: those left out at one end
+    beyond = 0  # of 2 ** rounds ways to be above or below it, those that leave it outside an end
     for index in range(len(ratios) // 2):
         beyond += math.comb(len(ratios), index)
         if 2 * beyond > 0.05 * 2 ** len(ratios):

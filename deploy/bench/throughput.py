@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         type=within(1, 384),
         default=32,
-        help="tokens of each prompt (32); transformers pay more for long ones",
+        help="tokens of each prompt (32); without caches, each step reads them again",
     )
     parser.add_argument(
         "--peers",

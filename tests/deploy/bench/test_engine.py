@@ -34,6 +34,7 @@ def engine(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -
         tmp_path_factory.mktemp("log") / "trimtab.log",
         enforce_eager=True,
         max_num_seqs=8,
+        environment={"VLLM_USE_V2_MODEL_RUNNER": "0"},
         logprobs_mode="processed_logprobs",
         **checkpoints.engine_options,
     ) as started:
@@ -84,11 +85,22 @@ def test_a_request_joins_when_the_others_have_so_many_tokens(engine: Engine) -> 
 def test_trimtab_can_be_taken_out_of_the_step_and_put_back(engine: Engine) -> None:
     unguided, guided = Request(SHORT[0], 8), Request(SHORT[0], 8, ("first",))
     expected = [engine.run([request]).tokens for request in (unguided, guided, unguided)]
+    as_started = engine.call(state_of_runner)
     engine.call(take_out)
+    assert engine.call(state_of_runner) == (False, 0, 0, False)
     assert [engine.run([guided]).tokens, engine.run([unguided]).tokens] == [expected[0]] * 2
     engine.call(put_back)
+    assert engine.call(state_of_runner) == as_started
     assert [engine.run([r]).tokens for r in (unguided, guided, unguided)] == expected
     assert expected[0] != expected[1]
+
+
+def state_of_runner(worker: Any) -> tuple[bool, int, int, bool]:
+    """Return whether it keeps tokens for processors, its hooks, and whether trimtab scores."""
+    runner = worker.model_runner
+    hooks = (runner.sampler._forward_pre_hooks, runner.sampler._forward_hooks)
+    scores = "_get_prompt_logprobs_dict" in vars(runner)
+    return (runner.input_batch.logitsprocs_need_output_token_ids, *map(len, hooks), scores)
 
 
 def resident(worker: Any, key: str) -> list[str]:

@@ -5,14 +5,14 @@ from tests.deploy.bench.runs import timed
 
 
 def test_each_price_is_a_ratio_within_a_round_and_has_an_interval() -> None:
-    # The machine becomes slower from round to round, and guidance dearer.
+    # The machine becomes faster from round to round, and guidance cheaper.
     rounds = [
         {
             BARE: timed(0.1 * number),
             UNGUIDED: timed(0.1 * number),
             GUIDED: timed(0.1 * number * (1 + number / 100)),
         }
-        for number in range(1, 8)
+        for number in reversed(range(1, 8))
     ]
     _, guided, unguided = make_tables({16: rounds}, limit=1.05)
     assert guided.rows == [

@@ -34,7 +34,7 @@ def test_ratios_are_of_one_round() -> None:
 
 def test_an_interval_is_of_ratios_that_were_seen_and_takes_rounds_enough() -> None:
     def rounds(count: int) -> list[dict[str, float]]:
-        return [{"plain": 2.0, "guided": 2.0 + index} for index in range(count)]
+        return [{"plain": 2.0, "guided": 2.0 + index} for index in reversed(range(count))]
 
     assert interval(rounds(5), "guided", "plain", float) == (None, None)
     assert interval(rounds(6), "guided", "plain", float) == (1.0, 3.5)

@@ -198,6 +198,10 @@ def test_unguided_requests_are_plain_vllms(
                 assert a[token_id].logprob == pytest.approx(b[token_id].logprob, abs=1e-4)
 
 
+# Engines of their own, whose ends take down what all engines of a process share: no test after them
+# uses `engine`.
+
+
 def test_preemption_chunked_prefill_and_a_tiny_value_cache(models: dict[str, Path]) -> None:
     """Everything scarce: prompts come in chunks, requests are thrown out, value blocks run out."""
     networks = {name: models[name] for name in ("llama", "tied", "wide")}

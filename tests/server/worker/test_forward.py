@@ -142,6 +142,7 @@ def test_a_trial_run_comes_to_the_same_whatever_threads_do(model: NetworkModel) 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
+        assert torch.get_num_threads() == 2  # workers of vLLM's forbid to set it
         first, *others = (model._try(eager=True) for _ in range(20))
     finally:
         torch.set_num_threads(before)
