@@ -1,7 +1,8 @@
-"""A server without an engine, for tests that kill it: what it does on disk is a server's own.
+"""A server without an engine, for tests that kill it, and what its next start would find.
 
-Lifecycle, state file, leases, copies and publishing are real. The workers are simulated, and what
-the stager's child does happens in a thread, since both die at once when a server is killed.
+What it does on disk is a server's own: lifecycle, state file, leases, copies and publishing are
+real. The workers are simulated, and what the stager's child does happens in a thread, since both
+die at once when a server is killed.
 """
 
 import asyncio
@@ -14,16 +15,18 @@ from secrets import token_hex
 from typing import Any, NamedTuple
 
 from server import run_directory
+from server.launch import prepare
 from server.lifecycle.catalog import Catalog
 from server.lifecycle.folders import Folders
 from server.lifecycle.leases import Leases
 from server.lifecycle.lifecycle import Lifecycle
 from server.lifecycle.staging import NetworkFacts, StagedNetwork
-from server.settings import Settings
+from server.settings import ENVIRONMENT_VARIABLE, Settings
 from tests.models import make_tokenizer
 from tests.server.networks import Engines, Worker
 from value_models.manifest import tokenizer_fingerprint
 from value_models.publish import publish
+from value_models.store import check_network
 
 NAME = "qa"
 PUBLISHED = "news"
@@ -126,3 +129,22 @@ async def _live(pipe: Connection, directory: Path) -> None:
                 await asyncio.sleep(0.001)
         else:
             await lifecycle.unload(NAME, remove=False, request_id="test")
+
+
+def start(target: Path, *flags: object) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Do all that a start does before vLLM's: return what would be loaded, and what is withheld.
+
+    Fails where a start would have anything to say about a network.
+    """
+    os.environ.pop(ENVIRONMENT_VARIABLE, None)
+    # Of another number format there may be something to say on this machine.
+    _, launched = prepare([str(word) for word in (target, *flags, "--dtype", "float32")])
+    assert launched.run_dir is not None
+    try:
+        settings = Settings.load()
+        assert not settings.unloadable and not launched.notes
+        # Copies, which are checked once more: they are what the workers would load.
+        networks = {name: check_network(path, name) for name, path in settings.networks.items()}
+        return {name: network.version for name, network in networks.items()}, settings.withheld
+    finally:
+        run_directory.remove(launched.run_dir)

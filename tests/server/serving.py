@@ -1,5 +1,6 @@
 """`trimtab serve` as a test starts it: a real server on a free port, in its own process."""
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
+
+from server.settings import ENVIRONMENT_VARIABLE
 
 TARGET = "target"
 FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--seed", "0")
@@ -31,6 +35,15 @@ class Served:
         """name -> name@version of each value network."""
         networks = httpx.get(f"{self.url}/health/value_networks").json()["networks"]
         return {reference.partition("@")[0]: reference for reference in networks}
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the server keeps its own files, such as copies of networks."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            exported = child.environ().get(ENVIRONMENT_VARIABLE)
+            if exported is not None and json.loads(exported)["run_dir"]:
+                return Path(json.loads(exported)["run_dir"])
+        raise AssertionError("no process of the server has settings")
 
     def stop(self) -> int:
         """Ask it to stop, as a container runtime would. Returns the exit code."""

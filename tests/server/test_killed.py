@@ -16,14 +16,12 @@ from unittest import mock
 
 import pytest
 
-from server import run_directory
-from server.launch import prepare
 from server.lifecycle import state_file
 from server.lifecycle.state_file import write_state
-from server.settings import ENVIRONMENT_VARIABLE, Settings
+from server.settings import ENVIRONMENT_VARIABLE
 from tests.models import make_model, make_network
 from tests.server.conftest import SMALL
-from tests.server.dying import NAME, PUBLISHED, START, changes, live
+from tests.server.dying import NAME, PUBLISHED, START, changes, live, start
 from value_models.publish import publish
 from value_models.store import Store, check_network
 
@@ -57,25 +55,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def versions(directory: Path) -> dict[str, str]:
     folders = {"a": "store/a", "b": "store/b", "v1": "v1", "v2": "v2"}
     return {name: check_network(directory / folder).version for name, folder in folders.items()}
-
-
-def start(target: Path, *flags: object) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Do all that a start does before vLLM's: return what would be loaded, and what is withheld.
-
-    Fails where a start would have anything to say about a network.
-    """
-    os.environ.pop(ENVIRONMENT_VARIABLE, None)
-    # Of another number format there may be something to say on this machine.
-    _, launched = prepare([str(word) for word in (target, *flags, "--dtype", "float32")])
-    assert launched.run_dir is not None
-    try:
-        settings = Settings.load()
-        assert not settings.unloadable and not launched.notes
-        # Copies, which are checked once more: they are what the workers would load.
-        networks = {name: check_network(path, name) for name, path in settings.networks.items()}
-        return {name: network.version for name, network in networks.items()}, settings.withheld
-    finally:
-        run_directory.remove(launched.run_dir)
 
 
 def test_a_server_that_is_killed_while_anything_changes(

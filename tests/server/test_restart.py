@@ -1,7 +1,6 @@
-"""A server that was killed has, when it starts again, the networks that it had."""
+"""A server that starts again has the networks that it had, whether it was stopped or killed."""
 
 import itertools
-import json
 import shutil
 import threading
 import time
@@ -12,13 +11,12 @@ import httpx
 import psutil
 import pytest
 
-from server.settings import ENVIRONMENT_VARIABLE
 from tests.models import make_model, make_network
 from tests.server.conftest import SMALL
+from tests.server.dying import start
 from tests.server.generating import Request, RequestFailed, complete
 from tests.server.operator import Operator
 from tests.server.serving import Served, serving
-from tests.server.test_killed import start
 from value_models.store import check_network
 
 SWAPPED = "swapped"
@@ -28,14 +26,6 @@ STORE = ("kept", "renamed", "retired", "unused", "one", "other")
 def asking(model: str) -> Request:
     prompt = "Where was Ana Kovac born?"
     return {"model": model, "prompt": prompt, "max_tokens": 16, "temperature": 0}
-
-
-def run_dir_of(served: Served) -> Path:
-    for child in psutil.Process(served.process.pid).children(recursive=True):
-        exported = child.environ().get(ENVIRONMENT_VARIABLE)
-        if exported is not None and json.loads(exported)["run_dir"]:
-            return Path(json.loads(exported)["run_dir"])
-    raise AssertionError("no process of the server has settings")
 
 
 def swap_until_killed(served: Served, sources: tuple[str, ...], seconds: float) -> None:
@@ -48,7 +38,7 @@ def swap_until_killed(served: Served, sources: tuple[str, ...], seconds: float) 
 
     swapping = threading.Thread(target=swap)
     swapping.start()
-    time.sleep(seconds)
+    time.sleep(seconds)  # it may be at any point of a swap then
     assert swapping.is_alive()
     kill(served)
     swapping.join()
@@ -68,16 +58,14 @@ def kill(served: Served) -> None:
     psutil.wait_procs(processes)
 
 
-def test_a_server_that_was_killed_has_what_it_had(tmp_path: Path) -> None:
+def test_a_server_that_was_stopped_or_killed_has_what_it_had(tmp_path: Path) -> None:
     target, store = make_model(tmp_path / "target", vocab_size=544), tmp_path / "store"
     for seed, name in enumerate(STORE):
         make_network(store / name, **SMALL, seed=seed)
     versions = {source: check_network(store / source).version for source in ("one", "other")}
     flags = ("--value-network-dir", store, "--state-file", tmp_path / "state.json")
-    answers = {}
 
     with serving(tmp_path / "first", target, *flags) as served:
-        run_dir = run_dir_of(served)
         with httpx.Client(base_url=served.url, timeout=60) as client:
             operator = Operator(client)
             operator.load("alias", "renamed")
@@ -87,41 +75,52 @@ def test_a_server_that_was_killed_has_what_it_had(tmp_path: Path) -> None:
             assert set(before) == {"alias", *STORE} - {"renamed", "retired"}
             shutil.rmtree(store / "unused")
             expected = complete(client, asking("alias"))
+        run_dir = served.run_dir
+        assert served.stop() == 0
+    assert not run_dir.exists()
+    make_network(store / "published-meanwhile", **SMALL, seed=30)
+
+    answers = {}
+    with serving(tmp_path / "stopped", target, *flags) as served:
+        with httpx.Client(base_url=served.url, timeout=60) as client:
+            operator = Operator(client)
+            del before["unused"]
+            assert operator.resident() == before
+            assert complete(client, asking("alias")) == expected
+            withheld = {n["name"] for n in operator.overview()["data"] if n["withheld"]}
+            assert withheld == {"renamed", "retired"}
+            assert client.post("/v1/completions", json=asking("retired")).status_code == 404
+            assert operator.describe("unused")["state"] == "failed"
+            assert complete(client, asking("published-meanwhile")).networks
+            with pytest.raises(RequestFailed):
+                complete(client, asking("unused"))
             for source, version in versions.items():
                 operator.swap(SWAPPED, source)
                 answers[version] = complete(client, asking(SWAPPED)).token_ids
             assert len({tuple(answer) for answer in answers.values()}) == 2
+            before = operator.resident()
+        run_dir = served.run_dir
         swap_until_killed(served, tuple(versions), 1.1)
     assert run_dir.exists()  # nobody was left to remove it
-    make_network(store / "published-meanwhile", **SMALL, seed=30)
 
     with (
-        serving(tmp_path / "second", target, *flags) as served,
+        serving(tmp_path / "killed", target, *flags) as served,
         httpx.Client(base_url=served.url, timeout=60) as client,
     ):
         assert not run_dir.exists()
         operator = Operator(client)
-        del before["unused"]
         resident = operator.resident()
-        (swapped,) = resident.pop(SWAPPED)
-        assert resident == before
-        assert complete(client, asking("alias")) == expected
+        (swapped,) = resident[SWAPPED]
+        assert resident == before | {SWAPPED: [swapped]}
         assert complete(client, asking(SWAPPED)).token_ids == answers[swapped]
         info = operator.describe(SWAPPED)
         assert (info["state"], info["load"]) == ("ready", None)
-        withheld = {n["name"] for n in operator.overview()["data"] if n["withheld"]}
-        assert withheld == {"renamed", "retired"}
-        assert client.post("/v1/completions", json=asking("retired")).status_code == 404
-        missing = operator.describe("unused")
-        assert missing["state"] == "failed"
-        assert complete(client, asking("published-meanwhile")).networks
-        with pytest.raises(RequestFailed):
-            complete(client, asking("unused"))
-        operator.unload("kept")
-        last = {name: version for name, (version,) in operator.resident().items()}
-        back = check_network(make_network(store / "unused", **SMALL, seed=31)).version
         swap_until_killed(served, tuple(versions), 0.4)
+
+    back = check_network(make_network(store / "unused", **SMALL, seed=31)).version
     networks, held = start(target, *flags)
-    assert networks.pop(SWAPPED) in answers and last.pop(SWAPPED)
-    assert networks == last | {"unused": back}  # it was not forgotten while it was missing
-    assert set(held) == {"renamed", "retired", "kept"}
+    assert networks.pop(SWAPPED) in answers
+    del resident[SWAPPED]
+    kept = {name: version for name, (version,) in resident.items()}
+    assert networks == kept | {"unused": back}  # it was not forgotten while it was missing
+    assert set(held) == {"renamed", "retired"}

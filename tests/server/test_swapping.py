@@ -142,15 +142,6 @@ def error_of(response: httpx.Response) -> Any:
     return fields
 
 
-def run_dir_of(served: Served) -> Path:
-    """Where the server keeps its copies."""
-    for child in psutil.Process(served.process.pid).children(recursive=True):
-        exported = child.environ().get("TRIMTAB_SETTINGS")
-        if exported is not None and json.loads(exported)["run_dir"]:
-            return Path(json.loads(exported)["run_dir"])
-    raise AssertionError("no process of the server has settings")
-
-
 def workers_memory(served: Served) -> int:
     """Bytes that belong to the workers alone."""
     children = psutil.Process(served.process.pid).children(recursive=True)
@@ -180,7 +171,7 @@ def test_100_swaps_under_load_change_no_token_and_leave_nothing_behind(
         operator.swap("cycled", "cycled-next")
         operator.unload("cycled")
 
-    snapshots = run_dir_of(swapping) / "networks"
+    snapshots = swapping.run_dir / "networks"
     with Generating(swapping.url, requests_of_many()) as generating:
         for number in range(1, CYCLES + 1):
             cycle()
@@ -279,7 +270,7 @@ class TestOneLoad:
         operator.load("unplugged")
         expected = complete(client, asking("unplugged"))
         shutil.rmtree(store / "unplugged")
-        snapshots = run_dir_of(swapping) / "networks"
+        snapshots = swapping.run_dir / "networks"
         wait_until(lambda: not list(snapshots.glob("*/*.safetensors")))
         for prompt in PROMPTS[1:4]:
             complete(client, asking("unplugged", prompt))

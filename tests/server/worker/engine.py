@@ -43,6 +43,16 @@ class Ask:
     def scales(self) -> dict[str, float]:
         return {} if self.network is None else {self.network: self.scale} | self.also
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Of vLLM's `SamplingParams`, what has nothing to do with guidance."""
+        return {
+            "temperature": 0.0,
+            "max_tokens": self.max_tokens,
+            "ignore_eos": True,
+            "detokenize": False,
+        } | self.options
+
 
 class Reference:
     """What transformers says should have been sampled, of a target and its networks."""
@@ -66,12 +76,7 @@ class Reference:
         self.failure_token_id = self.target.config.vocab_size - 1
 
     def params(self, ask: Ask) -> SamplingParams:
-        options: dict[str, Any] = {
-            "temperature": 0.0,
-            "max_tokens": ask.max_tokens,
-            "ignore_eos": True,
-            "detokenize": False,
-        } | ask.options
+        options = ask.sampling
         if ask.network is not None:
             chosen = [ChosenNetwork(n, self.versions[n], s) for n, s in ask.scales.items()]
             choice = Choice(tuple(chosen), self.failure_token_id, **ask.choice)

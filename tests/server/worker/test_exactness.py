@@ -88,16 +88,7 @@ def plain(models: dict[str, Path]) -> list[RequestOutput]:
     try:
         return llm.generate(
             [{"prompt_token_ids": ask.prompt} for ask in unguided_asks()],
-            [
-                SamplingParams(
-                    temperature=0,
-                    max_tokens=ask.max_tokens,
-                    ignore_eos=True,
-                    detokenize=False,
-                    **ask.options,
-                )
-                for ask in unguided_asks()
-            ],
+            [SamplingParams(**ask.sampling) for ask in unguided_asks()],
             use_tqdm=False,
         )
     finally:
