@@ -112,7 +112,7 @@ def send_together(url: str, model: str, clients: int, tokens: int) -> Arrivals:
 
 def _run(pipe: Connection, url: str, model: str, clients: int, tokens: int) -> None:
     os.setsid()  # as a client elsewhere on the machine: in no session with a server
-    # Made before the clock starts: each takes a core for tens of milliseconds.
+    # Before the clock starts: to make them takes time.
     http = [httpx.Client(base_url=url, timeout=600) for _ in range(clients)]
     start = time.monotonic()
 

@@ -22,14 +22,13 @@ from deploy.bench.rounds import (
     by_case,
     efficiency,
     make_requests,
-    median,
+    rates,
     ratio,
     require_guided,
     runs_of,
     seconds,
     step_seconds,
     take_turns,
-    tokens_per_second,
 )
 from server.cpu import SPINS
 
@@ -126,10 +125,7 @@ def make_tables(rounds: Rounds[int, Run], ways: Sequence[Sharing], limit: float)
         return ratio(found, name, reference[name], seconds)
 
     return [
-        Table(
-            "Tokens per second, all requests of a batch together",
-            by_case(rounds, names, lambda found, name: median(found, name, tokens_per_second)),
-        ),
+        rates(rounds, names),
         Table(f"Time against {first.name}", by_case(rounds, names[2:], against_first)),
         Table(
             "Guided / unguided in the same engine, and efficiency",

@@ -21,11 +21,10 @@ from deploy.bench.rounds import (
     UNGUIDED,
     Round,
     Rounds,
-    by_case,
     efficiency,
     interval,
     make_requests,
-    median,
+    rates,
     ratio,
     require_guided,
     runs_of,
@@ -33,7 +32,6 @@ from deploy.bench.rounds import (
     seconds,
     step_seconds,
     take_turns,
-    tokens_per_second,
 )
 
 BARE = "trimtab taken out of the step"
@@ -86,10 +84,7 @@ def make_tables(rounds: Rounds[int, Run], limit: float) -> list[Table]:
     """Return the figures; `limit`: the arithmetic one of guided / plain."""
     names = (BARE, UNGUIDED, GUIDED)
     return [
-        Table(
-            "Tokens per second, all requests of a batch together",
-            by_case(rounds, names, lambda found, name: median(found, name, tokens_per_second)),
-        ),
+        rates(rounds, names),
         Table(
             "Guided requests: time against trimtab taken out, efficiency, and 95 % intervals",
             [

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from deploy.bench.checkpoints import Checkpoints
 from deploy.bench.engine import Engine, Request, Run
-from deploy.bench.report import Cell, rounded, say
+from deploy.bench.report import Cell, Table, rounded, say
 
 PLAIN = "vLLM plain"
 """At its defaults."""
@@ -84,8 +84,8 @@ def interval(
 ) -> tuple[float, float] | tuple[None, None]:
     """Return two of the rounds' ratios, between which the true median is with 95 % confidence.
 
-    Rounds must be independent; each ratio is as likely above the median as below it, whatever their
-    distribution (the binomial interval of order statistics). None below 6 rounds, the fewest.
+    Of independent rounds, whose ratios are each as likely above the median as below it, whatever
+    their distribution (the binomial interval of order statistics). None if there are fewer than 6.
     """
     ratios = sorted(_ratios(rounds, over, under, value))
     beyond = 0  # of 2 ** rounds ways to be above or below it, those that leave it outside an end
@@ -144,6 +144,14 @@ def by_case(
         }
         for name in names
     ]
+
+
+def rates(rounds: Rounds[CaseT, Run], names: Iterable[str]) -> Table:
+    """Return the table of tokens per second."""
+    return Table(
+        "Tokens per second, all requests of a batch together",
+        by_case(rounds, names, lambda found, name: median(found, name, tokens_per_second)),
+    )
 
 
 def curves(

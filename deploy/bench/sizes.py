@@ -22,18 +22,16 @@ from deploy.bench.rounds import (
     ALIKE,
     UNGUIDED,
     Rounds,
-    by_case,
     efficiency,
     make_requests,
-    median,
     plain_and_trimtab,
+    rates,
     ratio,
     require_guided,
     runs_of,
     same_tokens,
     seconds,
     take_turns,
-    tokens_per_second,
 )
 
 VALUE_MEMORY_GB = 6.0
@@ -75,10 +73,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     shares = {name: checkpoints.share(name) for name in networks}
     return Answer(
         tables=[
-            Table(
-                "Tokens per second, all requests of a batch together",
-                by_case(rounds, names, lambda found, name: median(found, name, tokens_per_second)),
-            ),
+            rates(rounds, names),
             Table(f"Time against {ALIKE}, and efficiency", overheads(rounds, shares)),
         ],
         plots=[make_plot(rounds, shares)],

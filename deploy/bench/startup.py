@@ -31,7 +31,7 @@ from tests.server.serving import free_port, trimtab
 CASE = "start"
 LATE = "late"
 """The network that is loaded when the server runs."""
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 MIB = 2**20
 
 
@@ -146,7 +146,7 @@ def running(
             env=environment,
         )
     try:
-        # One client: to make one at each look would keep a core busy.
+        # One client: to make another at each look takes time from the server.
         with httpx.Client(base_url=url, timeout=5) as client:
             while not is_ready(client):
                 if server.poll() is not None:

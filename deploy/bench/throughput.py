@@ -39,6 +39,7 @@ from deploy.bench.rounds import (
     make_requests,
     median,
     plain_and_trimtab,
+    rates,
     ratio,
     require_guided,
     runs_of,
@@ -165,10 +166,7 @@ def make_models(arguments: argparse.Namespace, folder: Path) -> Checkpoints:
 def make_tables(rounds: Rounds[int, Run], names: Sequence[str], limit: float) -> list[Table]:
     """Return the figures; `limit`: the arithmetic one of guided / plain."""
     return [
-        Table(
-            "Tokens per second, all requests of a batch together",
-            by_case(rounds, names, lambda found, name: median(found, name, tokens_per_second)),
-        ),
+        rates(rounds, names),
         Table(
             "Milliseconds between two tokens of a stream, median / 99th percentile",
             by_case(rounds, names, gap_figures),
