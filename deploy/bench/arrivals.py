@@ -2,7 +2,9 @@
 
 Clients in a process of their own send a request each to vLLM's server at its defaults, or to
 `trimtab serve`, both of a small target. What is compared is when the last of them has its first
-token: on few cores, a server that spins while it waits leaves its clients no time to run.
+token. Clients that start then have work of their own before they can send: each makes an HTTP
+client while the requests of others run already. On few cores, a server that spins while it waits
+leaves whoever else has work no time to run. Clients that are ready send all within milliseconds.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +28,7 @@ from deploy.bench.rounds import (
     GUIDED,
     PLAIN,
     UNGUIDED,
+    Round,
     Rounds,
     median,
     ratio,
@@ -41,6 +44,7 @@ SMALL = NETWORK | {"hidden_size": 128, "layers": 2, "heads": 2, "kv_heads": 2, "
 POSITIONS = 2048
 GUIDING = "guiding"
 CONFIGURATIONS = (PLAIN, UNGUIDED, GUIDED)
+STARTING, READY = "clients that start then", "clients that are ready"
 
 
 class Arrivals(NamedTuple):
@@ -83,11 +87,12 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
             urls[name], _, _ = stack.enter_context(running(command, flags, place))
         urls[UNGUIDED] = urls[GUIDED]
 
-        def measure(name: str, case: int, number: int) -> Arrivals:
+        def measure(name: str, case: str, number: int) -> Arrivals:
             model = GUIDING if name == GUIDED else TARGET
-            return send_together(urls[name], model, case, arguments.tokens)
+            ready = case == READY
+            return send_together(urls[name], model, arguments.clients, arguments.tokens, ready)
 
-        rounds = take_turns([arguments.clients], CONFIGURATIONS, arguments.rounds, measure)
+        rounds = take_turns((STARTING, READY), CONFIGURATIONS, arguments.rounds, measure)
     return Answer(
         tables=make_tables(rounds),
         models=Checkpoints(target, {GUIDING: network}, "float32").describe(),
@@ -95,11 +100,15 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     )
 
 
-def send_together(url: str, model: str, clients: int, tokens: int) -> Arrivals:
-    """Stream a completion for each of `clients`, all at once, from a process of their own."""
+def send_together(url: str, model: str, clients: int, tokens: int, ready: bool) -> Arrivals:
+    """Stream a completion for each of `clients`, all at once, from a process of their own.
+
+    Args:
+        ready: they have made their HTTP clients before.
+    """
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(theirs, url, model, clients, tokens))
+    process = context.Process(target=_run, args=(theirs, url, model, clients, tokens, ready))
     process.start()
     theirs.close()
     try:
@@ -110,10 +119,13 @@ def send_together(url: str, model: str, clients: int, tokens: int) -> Arrivals:
         process.join()
 
 
-def _run(pipe: Connection, url: str, model: str, clients: int, tokens: int) -> None:
+def _run(pipe: Connection, url: str, model: str, clients: int, tokens: int, ready: bool) -> None:
     os.setsid()  # as a client elsewhere on the machine: in no session with a server
-    # Before the clock starts: to make them takes time.
-    http = [httpx.Client(base_url=url, timeout=600) for _ in range(clients)]
+
+    def make() -> httpx.Client:
+        return httpx.Client(base_url=url, timeout=600)
+
+    made = [make() for _ in range(clients)] if ready else None
     start = time.monotonic()
 
     def stream(number: int) -> tuple[float, float]:
@@ -125,7 +137,7 @@ def _run(pipe: Connection, url: str, model: str, clients: int, tokens: int) -> N
             "stream": True,
         }
         with (
-            http[number] as client,
+            made[number] if made else make() as client,
             client.stream("POST", "/v1/completions", json=request) as response,
         ):
             response.raise_for_status()
@@ -142,22 +154,25 @@ def _run(pipe: Connection, url: str, model: str, clients: int, tokens: int) -> N
     pipe.send([list(times) for times in zip(*found, strict=True)])
 
 
-def make_tables(rounds: Rounds[int, Arrivals]) -> list[Table]:
-    ((clients, found),) = rounds.items()
+def make_tables(rounds: Rounds[str, Arrivals]) -> list[Table]:
+    return [
+        Table(
+            f"Seconds since all began, {case}: median of the rounds",
+            [row(found, name) for name in CONFIGURATIONS],
+        )
+        for case, found in rounds.items()
+    ]
 
-    def row(name: str) -> dict[str, Cell]:
-        def of(value: Callable[[Arrivals], float]) -> float | None:
-            return rounded(median(found, name, value))
 
-        last_first_tokens = [measured[name].last_first_token for measured in found]
-        return {
-            "": name,
-            "first token, median": of(lambda a: statistics.median(a.first_tokens)),
-            "of the last": of(lambda a: a.last_first_token),
-            "of the last, in the worst round": rounded(max(last_first_tokens)),
-            "all have ended": of(lambda a: a.end),
-            "against plain": rounded(ratio(found, name, PLAIN, lambda a: a.end)),
-        }
+def row(found: Sequence[Round[Arrivals]], name: str) -> dict[str, Cell]:
+    def of(value: Callable[[Arrivals], float]) -> float | None:
+        return rounded(median(found, name, value))
 
-    title = f"Seconds since {clients} clients began, median of the rounds"
-    return [Table(title, [row(name) for name in CONFIGURATIONS])]
+    return {
+        "": name,
+        "first token, median": of(lambda a: statistics.median(a.first_tokens)),
+        "of the last": of(lambda a: a.last_first_token),
+        "of the last, in the worst round": rounded(max(m[name].last_first_token for m in found)),
+        "all have ended": of(lambda a: a.end),
+        "against plain": rounded(ratio(found, name, PLAIN, lambda a: a.end)),
+    }
