@@ -3,9 +3,9 @@
 The engine and its workers exchange two messages a step through shared memory. In vLLM 0.32, who
 waits for one calls `sched_yield` until it is there, unless the last is a second old: from the first
 token to the last, that is. On a CPU, vLLM leaves one core to its engine, its API server and
-everybody else, and the engine spins on it. On two cores and Linux 6.18, whoever is not in the
-server's session then does not run for seconds: requests that were sent at once begin one after the
-other, each as its predecessor ends (`python -m deploy.bench arrivals`).
+everybody else, and the engine spins on it. On two cores and Linux 6.18, whoever has work to do in
+another session than the server's may then not get to it for seconds: a client that only starts
+when others' requests run already, say (`python -m deploy.bench arrivals`).
 
 Here, who waits sleeps between looks, so that the engine needs no core to itself (`server/cpu.py`).
 On CUDA vLLM waits as it always does.
