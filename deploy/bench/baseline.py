@@ -20,7 +20,10 @@ class Baseline:
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request], cached: bool) -> Run:
-        """Continue prompts of one length.
+        """Continue a batch of prompts until each has its tokens.
+
+        As `generate` does it: shorter prompts are padded on the left, and rows that have their
+        tokens are computed to the end.
 
         Args:
             cached: with KV caches. Without, each step reads the whole sequence and computes logits
@@ -28,14 +31,20 @@ class Baseline:
                 `LlamaResidualPlus` in src/ivl/serve/modeling.py.
         """
         start = time.perf_counter()
-        tokens = torch.tensor([request.prompt for request in requests], device=self._device)
+        tokens, mask = self._pad([request.prompt for request in requests])
         caches = [DynamicCache(config=model.config) if cached else None for model in self._models]
         inputs = tokens
         arrivals: list[float] = []
         steps: list[list[int]] = []
-        for _ in range(requests[0].num_tokens):
+        for _ in range(max(request.num_tokens for request in requests)):
             logits = [  # of all positions where `logits_to_keep` is 0
-                model(inputs, past_key_values=cache, use_cache=cached, logits_to_keep=int(cached))
+                model(
+                    inputs,
+                    past_key_values=cache,
+                    use_cache=cached,
+                    logits_to_keep=int(cached),
+                    **_where(mask, inputs.shape[1]),
+                )
                 .logits[:, -1]
                 .float()
                 for model, cache in zip(self._models, caches, strict=True)
@@ -43,10 +52,36 @@ class Baseline:
             covered = min(each.shape[1] for each in logits)  # paddings of vocabularies differ
             chosen = sum(each[:, :covered] for each in logits).argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, chosen], 1)
+            if mask is not None:
+                mask = torch.cat([mask, torch.ones_like(chosen)], 1)
             inputs = chosen if cached else tokens
             steps.append(chosen[:, 0].tolist())  # as a service must, which streams tokens
             arrivals.append(time.perf_counter() - start)
-        return Run([Stream(list(row), 0.0, arrivals) for row in zip(*steps, strict=True)])
+        return Run(
+            [
+                Stream(list(row[: request.num_tokens]), 0.0, arrivals[: request.num_tokens])
+                for request, row in zip(requests, zip(*steps, strict=True), strict=True)
+            ]
+        )
+
+    def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return `[rows, longest]`, and where tokens are: None if there is no padding."""
+        longest = max(map(len, prompts))
+        paddings = [longest - len(prompt) for prompt in prompts]
+        rows = [[0] * padding + list(p) for padding, p in zip(paddings, prompts, strict=True)]
+        tokens = torch.tensor(rows, device=self._device)
+        if not any(paddings):
+            return tokens, None
+        there = [[0] * padding + [1] * (longest - padding) for padding in paddings]
+        return tokens, torch.tensor(there, device=self._device)
+
+
+def _where(mask: torch.Tensor | None, num_inputs: int) -> dict[str, torch.Tensor]:
+    """Return where the last `num_inputs` tokens are, if that does not go without saying."""
+    if mask is None:
+        return {}
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"attention_mask": mask, "position_ids": positions[:, -num_inputs:]}
 
 
 def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:

@@ -140,17 +140,20 @@ class Engine:
             raise
         self._signal(signal.SIGSTOP)
 
-    def run(self, requests: Sequence[Request], warm: bool = False) -> Run:
+    def run(
+        self, requests: Sequence[Request], warm: bool = False, at_once: int | None = None
+    ) -> Run:
         """Send requests, all together but for `joins_after`, and take their tokens.
 
         Args:
             warm: let the target find prefixes that earlier runs have read. What is compared often
                 has the same prompts on one engine.
+            at_once: send the next only when fewer than so many run.
 
         Raises:
             RuntimeError: one ended early, because its network failed.
         """
-        run: Run = self._ask("run", list(requests), warm)
+        run: Run = self._ask("run", list(requests), warm, at_once or len(requests))
         for request, stream in zip(requests, run.streams, strict=True):
             if len(stream.tokens) != request.num_tokens:
                 raise RuntimeError(f"a request ended early; see {self._log}")
@@ -287,7 +290,7 @@ class _Served:
     def call(self, function: str | Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return self._llm.collective_rpc(function, args=arguments)[0]
 
-    def run(self, requests: Sequence[Request], warm: bool) -> Run:
+    def run(self, requests: Sequence[Request], warm: bool, at_once: int) -> Run:
         """Do what `LLM.generate` does, and note when each token arrives."""
         engine = self._llm.llm_engine
         if not warm and not engine.reset_prefix_cache():
@@ -298,7 +301,11 @@ class _Served:
         start = time.perf_counter()
         while waiting or engine.has_unfinished_requests():
             fewest = min((len(stream.tokens) for stream in streams.values()), default=0)
-            while waiting and waiting[0][1].joins_after <= fewest:
+            while (
+                waiting
+                and waiting[0][1].joins_after <= fewest
+                and engine.get_num_unfinished_requests() < at_once
+            ):
                 number, request, params = waiting.popleft()
                 keeps = None if request.logprobs is None else []
                 streams[number] = Stream([], time.perf_counter() - start, [], keeps)

@@ -22,6 +22,7 @@ from deploy.bench import (
     startup,
     swapping,
     throughput,
+    traffic,
 )
 from deploy.bench.report import Answer
 
@@ -42,6 +43,7 @@ class Question(Protocol):
 
 QUESTIONS: dict[str, Question] = {
     "throughput": throughput,
+    "traffic": traffic,
     "price": price,
     "prefill": prefill,
     "stall": stall,

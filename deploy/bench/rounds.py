@@ -154,6 +154,14 @@ def rates(rounds: Rounds[CaseT, Run], names: Iterable[str]) -> Table:
     )
 
 
+def gaps(rounds: Rounds[CaseT, Run], names: Iterable[str]) -> Table:
+    """Return the table of the time between two tokens."""
+    return Table(
+        "Milliseconds between two tokens of a stream, median / 99th percentile",
+        by_case(rounds, names, gap_figures),
+    )
+
+
 def curves(
     rounds: Rounds[Any, T],
     names: Iterable[str],

@@ -32,10 +32,9 @@ from deploy.bench.rounds import (
     UNGUIDED,
     Round,
     Rounds,
-    by_case,
     curves,
     efficiency,
-    gap_figures,
+    gaps,
     make_requests,
     median,
     plain_and_trimtab,
@@ -167,10 +166,7 @@ def make_tables(rounds: Rounds[int, Run], names: Sequence[str], limit: float) ->
     """Return the figures; `limit`: the arithmetic one of guided / plain."""
     return [
         rates(rounds, names),
-        Table(
-            "Milliseconds between two tokens of a stream, median / 99th percentile",
-            by_case(rounds, names, gap_figures),
-        ),
+        gaps(rounds, names),
         Table(
             f"Time against {PLAIN}, and speed against transformers",
             [{"batch": size, **ratios(found, limit)} for size, found in rounds.items()],

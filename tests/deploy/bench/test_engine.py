@@ -82,6 +82,17 @@ def test_a_request_joins_when_the_others_have_so_many_tokens(engine: Engine) -> 
     assert max(first.arrivals[5], second.arrivals[5]) <= joined.sent < first.arrivals[-1]
 
 
+def test_the_next_is_sent_when_one_of_so_many_has_ended(engine: Engine) -> None:
+    requests = [Request(SHORT[0], num_tokens) for num_tokens in (20, 3, 5, 2)]
+    streams = engine.run(requests, at_once=2).streams
+    for stream in streams[2:]:
+        running = [s for s in streams if s.sent < stream.sent < s.arrivals[-1]]
+        assert len(running) < 2
+    first, second, third, fourth = streams
+    assert second.arrivals[-1] <= third.sent < third.arrivals[-1] <= fourth.sent
+    assert fourth.arrivals[-1] < first.arrivals[-1]
+
+
 def test_trimtab_can_be_taken_out_of_the_step_and_put_back(engine: Engine) -> None:
     unguided, guided = Request(SHORT[0], 8), Request(SHORT[0], 8, ("first",))
     expected = [engine.run([request]).tokens for request in (unguided, guided, unguided)]
