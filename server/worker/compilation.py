@@ -2,9 +2,15 @@
 
 Compiling takes seconds, and a store may hold dozens of networks that differ in their weights alone.
 vLLM's ahead-of-time compiled forward takes the module as its first argument and reads every weight
-from it, so a model can run the forward that another of the same shape compiled.
+from it, so a model can run the forward that another of the same shape compiled, in this process or
+in an earlier start.
+
+Reads vLLM 0.32's `decorators._try_load_aot_compiled_fn` and `VllmConfig.compute_hash`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,6 +22,8 @@ from server.worker.graphs import GraphMemory
 
 LAYER_PREFIX = "value_network"
 """Prefix of every model's layers: the names are constants of a compiled forward."""
+ANY_FOLDER = "<any value network>"
+"""Stands for a model's folder where vLLM looks for what it has compiled."""
 
 
 def compilation_mode(target: VllmConfig) -> CompilationMode:
@@ -33,6 +41,48 @@ def compilation_mode(target: VllmConfig) -> CompilationMode:
     return config.mode if shareable else CompilationMode.NONE
 
 
+def load_what_was_compiled() -> None:
+    """Let vLLM load what it compiled in an earlier start: the target's forward, and networks'.
+
+    vLLM 0.32 saves them, but on a CPU it never loads one: having read it, it calls a method that
+    only forwards of its own backend have, and here inductor's are used. So it compiled for half a
+    minute, each time. There is nothing to do in that method.
+    """
+    load = torch.compiler.load_compiled_function
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @wraps(load)
+    def load_compiled_function(*args: Any, **options: Any) -> Any:
+        loaded = load(*args, **options)
+        forward = loaded._artifacts.compiled_fn
+        if not hasattr(forward, "finalize_loading"):
+            forward.finalize_loading = lambda config: None
+        return loaded
+
+    torch.compiler.load_compiled_function = load_compiled_function
+
+
+@contextmanager
+def whatever_folder(config: VllmConfig) -> Iterator[None]:
+    """Have vLLM look for a compiled forward without regard to the folder of the model.
+
+    The folder is a copy, and another one in each start.
+    """
+    model = config.model_config
+    described = {id(c): c for c in (model.hf_config, model.hf_text_config)}.values()
+    folder, names = model.model, [c._name_or_path for c in described]
+    model.model = ANY_FOLDER
+    for c in described:
+        c._name_or_path = ANY_FOLDER
+    try:
+        yield
+    finally:
+        model.model = folder
+        for c, name in zip(described, names, strict=True):
+            c._name_or_path = name
+
+
 class CompiledForwards:
     """The compiled forwards of a worker, by architecture.
 
@@ -41,6 +91,7 @@ class CompiledForwards:
     """
 
     def __init__(self) -> None:
+        load_what_was_compiled()
         self.graphs = GraphMemory()
         self._forwards: dict[str, Any] = {}
 

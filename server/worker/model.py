@@ -17,7 +17,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 
 from server.worker.blocks import BlockPool, BlockTable, KVShape, TokensOf
-from server.worker.compilation import CompiledForwards
+from server.worker.compilation import CompiledForwards, whatever_folder
 from server.worker.configuration import kv_spec, model_config
 from server.worker.forward import Forward
 from server.worker.loading import (
@@ -174,7 +174,8 @@ class NetworkModel:
         yield
         if self.config.compilation_config.mode != CompilationMode.NONE:
             forwards.adopt(self._model, self.config)
-            compiled = self._try(eager=False)
+            with whatever_folder(self.config):
+                compiled = self._try(eager=False)
             # Rounding differs by a few per mille; another network's weights would by about 100 %.
             self._forward.eager = not _alike(compiled, eager)
             if self._forward.eager:

@@ -1,6 +1,7 @@
 """Guided greedy tokens are exactly `argmax(target + scale * value)`, however they were batched."""
 
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.compilation.counter import compilation_counter
 
 from server.worker.compilation import _compiled_module
 from tests.models import make_contrast, make_model, make_network
@@ -215,11 +217,15 @@ def test_preemption_chunked_prefill_and_a_tiny_value_cache(models: dict[str, Pat
         assert sum(network["drops"] for network in engine.status().values()) > 0
 
 
-def test_compiled_networks_of_one_architecture(tmp_path: Path) -> None:
+def test_compiled_networks_of_one_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As served by default: compiled, and three networks run the forward that one compiled.
 
-    One of them has two models, which run the same.
+    One of them has two models, which run the same. The next start compiles nothing, though all
+    weights and the networks' folders are others.
     """
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     networks = {
         name: make(tmp_path / name, layers=1, max_position_embeddings=CONTEXT, seed=seed)
         for seed, (name, make) in enumerate(
@@ -254,6 +260,19 @@ def test_compiled_networks_of_one_architecture(tmp_path: Path) -> None:
         engine.call("retire", "a", False)
         engine.call("unload", f"a@{engine.versions['a']}")
         engine.assert_exact(asks[1:4], engine.run(asks[1:4]))
+        assert engine.llm.collective_rpc(compiled_and_loaded) == [(2, 0)]
+
+    shutil.rmtree(target)
+    make_model(target, layers=1, max_position_embeddings=CONTEXT, seed=1)
+    with guided_engine(
+        target, {"f": pair, "d": late}, enforce_eager=False, max_num_seqs=8
+    ) as again:
+        asks = [Ask([rng.randrange(10, VOCAB - 1), 11], 40, name) for name in (*"dfdf", None)]
+        again.assert_exact(asks, again.run(asks))
+        # One process counts for both starts.
+        assert again.llm.collective_rpc(compiled_and_loaded) == [(2, 2)]
+        assert again.llm.collective_rpc(num_forwards) == [1]
+        assert again.llm.collective_rpc(mode_of, args=("f",)) == ["DYNAMO_TRACE_ONCE"]
 
 
 def mode_of(worker: Any, name: str) -> str:
@@ -272,6 +291,11 @@ def num_forwards(worker: Any) -> int:
     networks = worker._processor().steering.residency.networks()
     models = [model for network in networks for model in network.models.values()]
     return len({id(_compiled_module(model._model).aot_compiled_fn) for model in models})
+
+
+def compiled_and_loaded(_worker: Any) -> tuple[int, int]:
+    """Forwards that were compiled, and those of an earlier start that were loaded."""
+    return compilation_counter.num_aot_compiles, compilation_counter.num_aot_artifacts_loaded
 
 
 def num_compiled(_worker: Any) -> int:
