@@ -5,7 +5,8 @@ vLLM's ahead-of-time compiled forward takes the module as its first argument and
 from it, so a model can run the forward that another of the same shape compiled, in this process or
 in an earlier start.
 
-Reads vLLM 0.32's `decorators._try_load_aot_compiled_fn` and `VllmConfig.compute_hash`.
+Reads vLLM 0.32's `decorators._try_load_aot_compiled_fn` and `VllmConfig.compute_hash`, and
+`torch.compiler`.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from vllm import envs
+from vllm.compilation import caching
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, VllmConfig
 
@@ -47,8 +49,11 @@ def load_what_was_compiled() -> None:
     vLLM 0.32 saves them, but on a CPU it never loads one: having read it, it calls a method that
     only forwards of its own backend have, and here inductor's are used. So it compiled for half a
     minute, each time. There is nothing to do in that method.
+
+    What was compiled for another CPU is not found: wider vectors would leave numbers out, silently.
+    A cache may be on a volume, and vLLM does not ask.
     """
-    load = torch.compiler.load_compiled_function
+    load, factors = torch.compiler.load_compiled_function, caching.aot_compile_hash_factors
     if hasattr(load, "__wrapped__"):
         return
 
@@ -60,7 +65,13 @@ def load_what_was_compiled() -> None:
             forward.finalize_loading = lambda config: None
         return loaded
 
+    @wraps(factors)
+    def aot_compile_hash_factors(config: VllmConfig) -> list[str]:
+        cpu = torch.backends.cpu.get_cpu_capability(), sorted(torch.cpu.get_capabilities().items())
+        return [*factors(config), str(cpu)]
+
     torch.compiler.load_compiled_function = load_compiled_function
+    caching.aot_compile_hash_factors = aot_compile_hash_factors
 
 
 @contextmanager
