@@ -19,6 +19,7 @@ from vllm import envs
 from vllm.compilation import caching
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, VllmConfig
+from vllm.platforms import current_platform
 
 from server.worker.graphs import GraphMemory
 
@@ -46,15 +47,15 @@ def compilation_mode(target: VllmConfig) -> CompilationMode:
 def load_what_was_compiled() -> None:
     """Let vLLM load what it compiled in an earlier start: the target's forward, and networks'.
 
-    vLLM 0.32 saves them, but on a CPU it never loads one: having read it, it calls a method that
-    only forwards of its own backend have, and here inductor's are used. So it compiled for half a
-    minute, each time. There is nothing to do in that method.
+    vLLM 0.32 saves them, but on a CPU it never loads one, and compiles anew at each start: of what
+    it has read it calls a method that only forwards of its own backend have, and here inductor's
+    are used. There is nothing to do in that method.
 
     What was compiled for another CPU is not found: wider vectors would leave numbers out, silently.
-    A cache may be on a volume, and vLLM does not ask.
+    A cache may be on a volume, and vLLM does not ask. On CUDA there is nothing to mend.
     """
     load, factors = torch.compiler.load_compiled_function, caching.aot_compile_hash_factors
-    if hasattr(load, "__wrapped__"):
+    if not current_platform.is_cpu() or hasattr(load, "__wrapped__"):
         return
 
     @wraps(load)
