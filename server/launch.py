@@ -17,12 +17,12 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
-from server import run_directory
+from server import run_directory, zygote
 from server.cpu import settle_cpu
 from server.initial import LaunchError, Memory, copy_networks, plan
 from server.lifecycle.folders import is_mapped
 from server.lifecycle.staging import start_early
-from server.settings import Settings, instance_id, key_digest
+from server.settings import ADMIN_KEY_VARIABLE, Settings, instance_id, key_digest
 from server.token_bytes import TokenBytes
 from value_models.manifest import tokenizer_fingerprint
 from value_models.store import NetworkError, NetworkFolder
@@ -32,7 +32,6 @@ MODULE = "server.launch"
 REPORT_FD = "TRIMTAB_REPORT_FD"
 SHUTDOWN_SECONDS = 30
 EXAMPLE = "Hello!"
-ADMIN_KEY_VARIABLE = "TRIMTAB_ADMIN_API_KEY"
 FLAGS = {"max_body_bytes": "--max-body-mb", "max_networks": "--max-networks-per-request"}
 """Those that are not called as the setting that they decide."""
 
@@ -135,15 +134,18 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main() -> None:
     """Check everything, then become vLLM's server."""
-    _die_with_parent()
+    die_with_parent(signal.SIGTERM)
+    parent = int(os.environ.pop(REPORT_FD))
+    zygote.start()
     try:
         args, launched = prepare(sys.argv[1:])
     except (NetworkError, LaunchError) as error:
-        _report(Refused(refused=" ".join(str(error).split())))
+        _report(parent, Refused(refused=" ".join(str(error).split())))
         raise SystemExit(2) from None
-    _report(launched)
+    _report(parent, launched)
     if (args.api_server_count or args.data_parallel_size) == 1:  # then this process serves
         start_early(Settings.load())
+    zygote.use()
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
@@ -152,9 +154,15 @@ def main() -> None:
     command.cmd(args)
 
 
-def _report(message: Refused | Launched) -> None:
-    with os.fdopen(int(os.environ.pop(REPORT_FD)), "w") as parent:
+def _report(descriptor: int, message: Refused | Launched) -> None:
+    with os.fdopen(descriptor, "w") as parent:
         parent.write(message.model_dump_json())
+
+
+def die_with_parent(death: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent has ended."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, death)
 
 
 def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
@@ -232,12 +240,6 @@ def prepare(argv: list[str]) -> tuple[Namespace, Launched]:
     args.worker_extension_cls = WORKER_EXTENSION
     chats = bool(args.chat_template or tokenizer.chat_template)
     return args, _describe(args, settings, list(chosen.networks.values()), chats, notes)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process, gently, should the parent be killed."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wanted_plugins() -> list[str]:

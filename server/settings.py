@@ -13,6 +13,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 ENVIRONMENT_VARIABLE = "TRIMTAB_SETTINGS"
+ADMIN_KEY_VARIABLE = "TRIMTAB_ADMIN_API_KEY"
+KEY_VARIABLES = ("VLLM_API_KEY", ADMIN_KEY_VARIABLE)
+"""Not for a process that needs no keys."""
 STATUS_PATH = "/health/value_networks"
 """Where a server says which instance it is, and which networks it has."""
 

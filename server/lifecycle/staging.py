@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from server.settings import ENVIRONMENT_VARIABLE, Settings
+from server.settings import ENVIRONMENT_VARIABLE, KEY_VARIABLES, Settings
 from value_models.store import NetworkError, NoSuchNetwork, Role, check_name
 
 log = logging.getLogger("trimtab")
@@ -33,7 +33,6 @@ IMPORT_SECONDS = 60.0
 """How long a server's start waits for the child's imports, which take seconds."""
 BYTES_PER_SECOND = 2e6
 """What copying is always faster than, on a machine that is busy."""
-KEYS = ("VLLM_API_KEY", "TRIMTAB_ADMIN_API_KEY")
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "RAYON_NUM_THREADS": "1",
@@ -313,7 +312,6 @@ def _take_early() -> "subprocess.Popen[bytes] | None":
 
 
 def _spawn(settings: Settings) -> "subprocess.Popen[bytes]":
-    # It gets no keys: it needs none.
     own = Settings(
         networks={},
         key="",
@@ -321,7 +319,7 @@ def _spawn(settings: Settings) -> "subprocess.Popen[bytes]":
         store=settings.store,
         run_dir=settings.run_dir,
     )
-    inherited = {name: value for name, value in os.environ.items() if name not in KEYS}
+    inherited = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
     return subprocess.Popen(
         [sys.executable, "-m", MODULE],
         env=inherited | ONE_THREAD | {ENVIRONMENT_VARIABLE: own.model_dump_json()},

@@ -1,7 +1,6 @@
 """The command as people and container runtimes use it, on real engines."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
+from vllm.platforms import current_platform
 
 from tests.models import OTHER_TEXT, make_network, make_tokenizer
 from tests.server.conftest import SMALL
@@ -160,17 +161,16 @@ def test_a_bad_network_is_refused_in_one_line(checkpoints: Path) -> None:
 
 
 def test_who_reads_networks_folders_is_there_before_the_engine(server: Served) -> None:
-    (launched,) = children(server.process.pid)
-    started = {
-        module: [
-            psutil.Process(pid).create_time()
-            for pid in children(launched)
-            if module in command(pid)
-        ]
-        for module in ("server.lifecycle.folders", "EngineCore")
-    }
-    (reader,), (engine,) = started.values()
-    assert reader < engine
+    reader, engine = (named(server, name) for name in ("server.lifecycle.folders", "EngineCore"))
+    assert reader.create_time() < engine.create_time()
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="on a device vLLM forks them itself")
+def test_engine_and_worker_are_forked_from_who_has_imported_vllm(server: Served) -> None:
+    zygote, engine, worker = (named(server, name) for name in ("Zygote", "EngineCore", "Worker"))
+    assert engine.parent() == worker.parent() == zygote
+    # That is where OpenMP, which binds its processes, is set up for the worker.
+    assert engine.cpu_affinity() == psutil.Process(server.process.pid).cpu_affinity()
 
 
 def test_sigterm_finishes_running_requests(checkpoints: Path, tmp_path: Path) -> None:
@@ -206,9 +206,7 @@ def test_sigterm_finishes_running_requests(checkpoints: Path, tmp_path: Path) ->
 def test_a_dead_engine_is_no_clean_exit(checkpoints: Path, tmp_path: Path) -> None:
     with serving(tmp_path, checkpoints / "target") as served:
         assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == TARGET
-        (launched,) = children(served.process.pid)
-        (engine,) = (pid for pid in children(launched) if "EngineCore" in command(pid))
-        os.kill(engine, signal.SIGKILL)
+        named(served, "EngineCore").kill()
         assert served.process.wait() == 1
         assert "ended by itself (exit code 0)" in served.output.read_text()
 
@@ -218,14 +216,19 @@ def test_nothing_outlives_the_command(checkpoints: Path, tmp_path: Path) -> None
     process = subprocess.Popen(
         trimtab("serve", checkpoints / "target", "--log-file", tmp_path / "log")
     )
-    while not (launched := children(process.pid)):
+    # vLLM's server, and what it has started by then.
+    while len(started := psutil.Process(process.pid).children(recursive=True)) < 3:
         time.sleep(0.05)
     process.kill()
     process.wait()
-    patience = time.monotonic() + 60
-    while command(launched[0]) and time.monotonic() < patience:
-        time.sleep(0.05)
-    assert not command(launched[0])
+    assert not psutil.wait_procs(started, timeout=60)[1]
+
+
+def named(server: Served, name: str) -> psutil.Process:
+    """The one process of a server with this in its command line."""
+    started = psutil.Process(server.process.pid).children(recursive=True)
+    (process,) = (child for child in started if name in " ".join(child.cmdline()))
+    return process
 
 
 def children(parent: int) -> list[int]:
