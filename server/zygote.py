@@ -44,6 +44,7 @@ READ_WHEN_USED = {
     "VLLM_CPU_KVCACHE_SPACE",
     "VLLM_NO_USAGE_STATS",
     "VLLM_PLUGINS",
+    "VLLM_SSM_CONV_STATE_LAYOUT",  # set where the CPU has bfloat16
 }
 """Variables that no import looks at; a forked process gets its own."""
 SET_BY_IMPORTS = {

@@ -49,7 +49,8 @@ def told_by(context: Any) -> tuple[int, dict[str, str]]:
 
 def test_a_process_with_the_zygotes_environment_is_forked(started: int) -> None:
     assert zygote.environment is not None
-    worker = zygote.environment | {ENVIRONMENT_VARIABLE: "{}", "VLLM_API_KEY": "sesame"}
+    own = dict.fromkeys((ENVIRONMENT_VARIABLE, "VLLM_API_KEY", "VLLM_SSM_CONV_STATE_LAYOUT"), "SD")
+    worker = zygote.environment | own
     with mock.patch.dict(os.environ, worker, clear=True):
         assert told_by(zygote._WorkerContext()) == (started, worker)
 
