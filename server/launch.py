@@ -143,9 +143,13 @@ def main() -> None:
         _report(parent, Refused(refused=" ".join(str(error).split())))
         raise SystemExit(2) from None
     _report(parent, launched)
-    if (args.api_server_count or args.data_parallel_size) == 1:  # then this process serves
+    num_api_processes = args.api_server_count or args.data_parallel_size
+    if num_api_processes == 1:  # then this process serves
         start_early(Settings.load())
-    zygote.use()
+    if num_api_processes == args.tensor_parallel_size * args.data_parallel_size == 1:
+        zygote.use()
+    else:
+        zygote.stop()
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
 

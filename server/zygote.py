@@ -7,8 +7,10 @@ how many threads it has and where they run, once, as it is loaded.
 
 The *zygote* is loaded with the environment that a worker would be spawned with, and imports vLLM
 while the API server does (`server.zygote_imports`). It computes nothing, and has no thread but what
-libraries keep that know of forks, so what is forked from it is sound. What would be spawned with
-another environment than the zygote's is spawned: several workers, say, each with cores of its own.
+libraries keep that know of forks, so what is forked from it is sound. It is for servers of one
+worker and one API process: of several workers each has cores of its own, and of several API
+processes an engine is told, as it is loaded, where their metrics are. What after all would be
+spawned with another environment than the zygote's is spawned.
 
 Reads vLLM 0.32's `CpuPlatform.check_and_update_config`, `OMPProcessManager`,
 `CoreEngineProcManager` and `WorkerProc`, and Python's `multiprocessing.forkserver`.
@@ -99,6 +101,17 @@ def use() -> None:
 
     utils.get_mp_context = _EngineContext
     multiproc_executor.get_mp_context = _WorkerContext
+
+
+def stop() -> None:
+    """End the zygote, if there is one: nothing will be forked from it."""
+    global environment
+    if environment is None:
+        return
+    environment = None
+    server: Any = multiprocessing.forkserver._forkserver
+    os.kill(server._forkserver_pid, signal.SIGKILL)  # it may be in the midst of its imports
+    server._stop()
 
 
 class _Process(multiprocessing.context.ForkServerProcess):

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 
 from server import zygote
@@ -69,6 +70,14 @@ def test_an_engine_is_forked_though_it_has_no_cores_of_its_own(started: int) -> 
     engine = {n: v for n, v in zygote.environment.items() if n not in zygote.READ_BY_OPENMP}
     with mock.patch.dict(os.environ, engine, clear=True):
         assert told_by(zygote._EngineContext()) == (started, engine)
+
+
+def test_one_that_is_not_needed_is_ended(started: int) -> None:
+    assert zygote.environment is not None
+    zygote.stop()
+    zygote.stop()
+    assert zygote.environment is None
+    assert not psutil.pid_exists(started)
 
 
 def test_starting_one_changes_nothing_here_and_tells_it_no_key(
