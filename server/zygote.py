@@ -65,16 +65,24 @@ environment: dict[str, str] | None = None
 """What the zygote was loaded with; None if this process knows none."""
 
 
-def start() -> None:
-    """Start the zygote of this process, on a CPU; it is of use from `use` on.
+def is_possible() -> bool:
+    """Whether servers have one here: on a CPU.
 
-    It ends with the thread that calls this. From Python 3.14 on there is none: clients of its fork
-    server have a key, which what is forked from it, as the engine is, does not know.
+    From Python 3.14 on they do not: clients of its fork server have a key, which what is forked
+    from it, as the engine is, does not know.
     """
-    global environment
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or sys.version_info >= (3, 14):
+    return current_platform.is_cpu() and sys.version_info < (3, 14)
+
+
+def start() -> None:
+    """Start the zygote of this process, if it is possible; it is of use from `use` on.
+
+    It ends with the thread that calls this.
+    """
+    global environment
+    if not is_possible():
         return
     # In Python 3.11.0 anybody could connect, and run code.
     multiprocessing.util.abstract_sockets_supported = False  # type: ignore[misc]
