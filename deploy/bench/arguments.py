@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from deploy.bench.checkpoints import DTYPES
+from deploy.bench.checkpoints import DTYPES, MODELS, SMALL
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +12,16 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         default=DTYPES[0],
         help="of the checkpoints; vLLM then runs in the same",
+    )
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models",
+        choices=MODELS,
+        default=SMALL,
+        help="the target; 1.5b: Qwen2.5-1.5B's shape and networks of 5.5 %%; 7b, for a GPU: "
+        "Qwen2.5-7B's, and networks of 0.5B's",
     )
 
 

@@ -73,6 +73,49 @@ LARGE_NETWORK: Shape = {
     "tie_word_embeddings": True,
 }
 """As Qwen2.5-0.5B."""
+MIDDLE_TARGET: Shape = {
+    "architecture": "qwen2",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "layers": 28,
+    "heads": 12,
+    "kv_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+"""As Qwen2.5-1.5B, but with fewer positions."""
+MIDDLE_NETWORK: Shape = {
+    "architecture": "qwen2",
+    "hidden_size": 448,
+    "intermediate_size": 1472,
+    "layers": 6,
+    "heads": 7,
+    "kv_heads": 7,
+    "head_dim": 64,
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+"""85 M parameters, 5.5 % of that: 68 M are the vocabulary's."""
+
+
+class Models(NamedTuple):
+    """A target and the networks beside it, by their shapes."""
+
+    target: Shape
+    network: Shape
+    value_memory_gb: float  # GiB, for eight networks and their KV caches
+
+
+SMALL = "105m"
+MODELS = {
+    SMALL: Models(TARGET, NETWORK, 2.0),
+    "1.5b": Models(MIDDLE_TARGET, MIDDLE_NETWORK, 4.0),
+    "7b": Models(LARGE_TARGET, LARGE_NETWORK, 12.0),
+}
+"""By the target's parameters. All but the small one's weights are made up by vLLM."""
 WIDTHS = {
     0.01: (96, 2, 32),
     0.02: (128, 4, 64),
@@ -143,6 +186,14 @@ def make_checkpoints(
     return Checkpoints(target, make_networks(folder, names, dtype, positions), dtype)
 
 
+def make_models(size: str, folder: Path, dtype: str, names: Iterable[str]) -> Checkpoints:
+    """Write the target of this size, a key of `MODELS`, and networks of these names."""
+    if size == SMALL:
+        return make_checkpoints(folder, dtype, names)
+    models = MODELS[size]
+    return make_large_checkpoints(folder, dtype, names, models.target, models.network)
+
+
 def make_mapped(folder: Path, dtype: str) -> Path:
     """Write a network of 5.7 M parameters that reads another vocabulary than the target."""
     return make_mapped_network(
@@ -168,7 +219,8 @@ def make_large_checkpoints(
     target: Shape = LARGE_TARGET,
     network: Shape = LARGE_NETWORK,
 ) -> Checkpoints:
-    """Write a target of 7 B parameters, whose weights vLLM makes up, and networks of 0.5 B."""
+    """Write a target whose weights vLLM makes up, by default of 7 B parameters, and networks of
+    weights of their own, by default of 0.5 B."""
     return Checkpoints(
         make_model(folder / "target", **target, dtype=dtype, with_weights=False),
         {

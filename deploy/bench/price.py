@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.bench.arguments import add_batches, add_dtype, add_rounds
-from deploy.bench.checkpoints import make_checkpoints
+from deploy.bench.arguments import add_batches, add_dtype, add_models, add_rounds
+from deploy.bench.checkpoints import MODELS, make_models
 from deploy.bench.engine import Engine, Run
 from deploy.bench.report import Answer, Cell, Table, rounded, say
 from deploy.bench.rounds import (
@@ -42,17 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rounds(parser, 30)
     add_batches(parser, (1, 4, 16), tokens=32)
     add_dtype(parser)
+    add_models(parser)
 
 
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
     names = [f"network-{number}" for number in range(RESIDENT)]
-    checkpoints = make_checkpoints(folder, arguments.dtype, names)
+    checkpoints = make_models(arguments.models, folder, arguments.dtype, names)
     say(f"starting vLLM with trimtab, networks: {RESIDENT}")
     with Engine(
         checkpoints.target,
         checkpoints.networks,
         folder / "trimtab.log",
+        value_memory_gb=MODELS[arguments.models].value_memory_gb,
         environment={"VLLM_USE_V2_MODEL_RUNNER": "0"},  # V1's can do without trimtab
         **checkpoints.engine_options,
     ) as engine:

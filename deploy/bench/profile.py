@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy.bench.arguments import add_batches, add_dtype
-from deploy.bench.checkpoints import make_checkpoints
+from deploy.bench.arguments import add_batches, add_dtype, add_models
+from deploy.bench.checkpoints import MODELS, make_models
 from deploy.bench.engine import Engine
 from deploy.bench.report import Answer, Cell, Table, say
 from deploy.bench.rounds import make_requests
@@ -44,17 +44,19 @@ class Spent(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_batches(parser, (1, 4, 16), tokens=96)
     add_dtype(parser)
+    add_models(parser)
 
 
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
-    checkpoints = make_checkpoints(folder, arguments.dtype, [GUIDING])
+    checkpoints = make_models(arguments.models, folder, arguments.dtype, [GUIDING])
     found: dict[int, Spent] = {}
     say("starting vLLM with trimtab")
     with Engine(
         checkpoints.target,
         checkpoints.networks,
         folder / "trimtab.log",
+        value_memory_gb=MODELS[arguments.models].value_memory_gb,
         **checkpoints.engine_options,
     ) as engine:
         engine.call(start)

@@ -15,14 +15,9 @@ from pathlib import Path
 
 import torch
 
-from deploy.bench.arguments import add_batches, add_dtype, add_rounds, within
+from deploy.bench.arguments import add_batches, add_dtype, add_models, add_rounds, within
 from deploy.bench.baseline import Baseline
-from deploy.bench.checkpoints import (
-    Checkpoints,
-    make_checkpoints,
-    make_large_checkpoints,
-    make_mapped,
-)
+from deploy.bench.checkpoints import MODELS, SMALL, Checkpoints, make_mapped, make_models
 from deploy.bench.engine import Engine, Run
 from deploy.bench.report import Answer, Cell, Plot, Table, rounded, say
 from deploy.bench.rounds import (
@@ -53,8 +48,6 @@ CACHED = "transformers, KV caches"
 UNCACHED = "transformers, no caches"
 CONFIGURATIONS = (PLAIN, ALIKE, UNGUIDED, GUIDED, MAPPED, CACHED, UNCACHED)
 LARGEST_UNCACHED_BATCH = 16
-VALUE_MEMORY_GB = {"105m": 2.0, "7b": 6.0}
-"""By target; two networks of 0.5 B parameters and their KV caches need more than the default."""
 NETWORKS = {GUIDED: ("guiding",), MAPPED: ("mapped",)}
 
 
@@ -62,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rounds(parser, 7)
     add_batches(parser, (1, 4, 16))
     add_dtype(parser)
+    add_models(parser)
     parser.add_argument(
         "--prompt",
         type=within(1, 384),
@@ -79,19 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=within(1),
         help="threads of transformers (torch's default: all; plain vLLM computes on one less)",
     )
-    parser.add_argument(
-        "--models",
-        choices=VALUE_MEMORY_GB,
-        default="105m",
-        help="the target; 7b is for a GPU: Qwen2.5-7B's shape, with a network of 0.5B's",
-    )
 
 
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
-    checkpoints = make_models(arguments, folder)
+    # One network guides, one is just resident, and one is mapped.
+    checkpoints = make_models(arguments.models, folder, arguments.dtype, ("guiding", "resident"))
+    if arguments.models == SMALL:
+        checkpoints.networks["mapped"] = make_mapped(folder, arguments.dtype)
     names = configurations(checkpoints, arguments.peers, torch.cuda.is_available())
-    memory = VALUE_MEMORY_GB[arguments.models]
+    memory = MODELS[arguments.models].value_memory_gb
     with contextlib.ExitStack() as engines:
         pair = plain_and_trimtab(checkpoints, folder, set_up_alike=False, value_memory_gb=memory)
         plain, trimtab = engines.enter_context(pair)
@@ -150,16 +141,6 @@ def configurations(checkpoints: Checkpoints, peers: bool, on_device: bool) -> li
     if not peers:
         left_out |= {CACHED, UNCACHED}
     return [name for name in CONFIGURATIONS if name not in left_out]
-
-
-def make_models(arguments: argparse.Namespace, folder: Path) -> Checkpoints:
-    """Make one network that guides and one that is just resident; and one that is mapped."""
-    names = ("guiding", "resident")
-    if arguments.models == "7b":
-        return make_large_checkpoints(folder, arguments.dtype, names)
-    checkpoints = make_checkpoints(folder, arguments.dtype, names)
-    checkpoints.networks["mapped"] = make_mapped(folder, arguments.dtype)
-    return checkpoints
 
 
 def make_tables(rounds: Rounds[int, Run], names: Sequence[str], limit: float) -> list[Table]:

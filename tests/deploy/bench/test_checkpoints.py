@@ -7,6 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deploy.bench.checkpoints import (
     LARGE_NETWORK,
     LARGE_TARGET,
+    MIDDLE_NETWORK,
+    MIDDLE_TARGET,
     NETWORK,
     TARGET,
     WIDTHS,
@@ -44,7 +46,14 @@ def parameters_of(shape: Shape, folder: Path) -> int:
 
 @pytest.mark.parametrize(
     ("shape", "millions"),
-    [(TARGET, 105), (NETWORK, 5.7), (LARGE_TARGET, 7616), (LARGE_NETWORK, 494)],
+    [
+        (TARGET, 105),
+        (NETWORK, 5.7),
+        (MIDDLE_TARGET, 1544),
+        (MIDDLE_NETWORK, 84.9),
+        (LARGE_TARGET, 7616),
+        (LARGE_NETWORK, 494),
+    ],
 )
 def test_shapes_have_the_parameters_that_they_are_named_for(
     tmp_path: Path, shape: Shape, millions: float
