@@ -112,7 +112,7 @@ def copy_network(
     for _ in range(ATTEMPTS):
         with naming(name, folder), _opened(folder) as opened:
             try:
-                return _copy(opened, copy, max_bytes, durable)
+                return _copy(opened, folder, copy, max_bytes, durable)
             except (Problem, _Changed, FileNotFoundError) as error:
                 shutil.rmtree(copy, ignore_errors=True)
                 if _is_still(opened, folder):
@@ -127,11 +127,13 @@ def copy_network(
         raise Problem("it is replaced again and again; try later")
 
 
-def _copy(opened: int, copy: Path, max_bytes: int | None, durable: bool) -> None:
+def _copy(opened: int, folder: Path, copy: Path, max_bytes: int | None, durable: bool) -> None:
     root = Path(f"/proc/self/fd/{opened}")  # the very folder, wherever it is moved meanwhile
     require_network(root)
     refuse_unsafe_files(root)
     before = _listing(root)
+    if not _is_still(opened, folder):
+        raise _Changed  # who has replaced it may be deleting it: files may be missing already
     counting = files_that_count(root)
     files = [file for file in before if file.name in counting]
     total = sum(file.size for file in files)

@@ -244,6 +244,28 @@ def test_a_folder_that_is_replaced_as_a_whole_is_taken_anew(
     assert snapshot(folder, "qa", into, ROOM).version == version
 
 
+@pytest.mark.parametrize("left", [(), (MANIFEST_FILE, "config.json")], ids=["nothing", "a part"])
+def test_a_folder_that_was_replaced_and_is_being_deleted_is_taken_anew(
+    folder: Path, into: Path, monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
+) -> None:
+    """Its manifest was there a moment ago; what is not there any more must not go unnoticed."""
+    new = make_network(folder.with_name("new"), seed=1)
+    version = check_network(new).version
+    old = folder.with_name(".old")
+    listing = module._listing
+
+    def look(root: Path) -> list[module._File]:
+        if not old.exists():
+            folder.rename(old)
+            new.rename(folder)
+            for file in [file for file in old.iterdir() if file.name not in left]:
+                file.unlink()
+        return listing(root)
+
+    monkeypatch.setattr(module, "_listing", look)
+    assert snapshot(folder, "qa", into, ROOM).version == version
+
+
 def test_a_full_disk_is_not_the_networks_fault(folder: Path) -> None:
     with pytest.raises(DirectoryError, match=r"/dev/full.* cannot be written"):
         snapshot(folder, "qa", Path("/dev/full"), ROOM)
