@@ -20,8 +20,8 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "--models",
         choices=MODELS,
         default=SMALL,
-        help="the target; 1.5b: Qwen2.5-1.5B's shape and networks of 5.5 %%; 7b, for a GPU: "
-        "Qwen2.5-7B's, and networks of 0.5B's",
+        help=f"the target ({SMALL}); 1.5b: Qwen2.5-1.5B's shape and networks of 5.5 %%; 7b, for a "
+        "GPU: Qwen2.5-7B's, and networks of 0.5B's",
     )
 
 

@@ -98,7 +98,7 @@ MIDDLE_NETWORK: Shape = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-"""85 M parameters, 5.5 % of that: 68 M are the vocabulary's."""
+"""85 M parameters, 5.5 % of `MIDDLE_TARGET`'s: 68 M are the vocabulary's."""
 
 
 class Models(NamedTuple):
@@ -106,7 +106,7 @@ class Models(NamedTuple):
 
     target: Shape
     network: Shape
-    value_memory_gb: float  # GiB, for eight networks and their KV caches
+    value_memory_gb: float  # GiB, for eight networks in bfloat16 and their KV caches
 
 
 SMALL = "105m"
@@ -115,7 +115,7 @@ MODELS = {
     "1.5b": Models(MIDDLE_TARGET, MIDDLE_NETWORK, 4.0),
     "7b": Models(LARGE_TARGET, LARGE_NETWORK, 12.0),
 }
-"""By the target's parameters. All but the small one's weights are made up by vLLM."""
+"""By the target's parameters. The weights of all targets but the small one are made up by vLLM."""
 WIDTHS = {
     0.01: (96, 2, 32),
     0.02: (128, 4, 64),
@@ -186,12 +186,12 @@ def make_checkpoints(
     return Checkpoints(target, make_networks(folder, names, dtype, positions), dtype)
 
 
-def make_models(size: str, folder: Path, dtype: str, names: Iterable[str]) -> Checkpoints:
+def make_checkpoints_of(size: str, folder: Path, dtype: str, names: Iterable[str]) -> Checkpoints:
     """Write the target of this size, a key of `MODELS`, and networks of these names."""
     if size == SMALL:
         return make_checkpoints(folder, dtype, names)
     models = MODELS[size]
-    return make_large_checkpoints(folder, dtype, names, models.target, models.network)
+    return make_dummy_checkpoints(folder, dtype, names, models.target, models.network)
 
 
 def make_mapped(folder: Path, dtype: str) -> Path:
@@ -212,15 +212,14 @@ def make_pair(folder: Path, dtype: str) -> Path:
     return make_contrast(folder / "pair", seed=2000, **NETWORK, dtype=dtype)
 
 
-def make_large_checkpoints(
+def make_dummy_checkpoints(
     folder: Path,
     dtype: str,
     names: Iterable[str],
-    target: Shape = LARGE_TARGET,
-    network: Shape = LARGE_NETWORK,
+    target: Shape,
+    network: Shape,
 ) -> Checkpoints:
-    """Write a target whose weights vLLM makes up, by default of 7 B parameters, and networks of
-    weights of their own, by default of 0.5 B."""
+    """Write a target whose weights vLLM makes up, and networks with weights of their own."""
     return Checkpoints(
         make_model(folder / "target", **target, dtype=dtype, with_weights=False),
         {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bench.arguments import add_batches, add_dtype, add_models, add_rounds
-from deploy.bench.checkpoints import MODELS, make_models
+from deploy.bench.checkpoints import MODELS, make_checkpoints_of
 from deploy.bench.engine import Engine, Run
 from deploy.bench.report import Answer, Cell, Table, rounded, say
 from deploy.bench.rounds import (
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
     names = [f"network-{number}" for number in range(RESIDENT)]
-    checkpoints = make_models(arguments.models, folder, arguments.dtype, names)
+    checkpoints = make_checkpoints_of(arguments.models, folder, arguments.dtype, names)
     say(f"starting vLLM with trimtab, networks: {RESIDENT}")
     with Engine(
         checkpoints.target,

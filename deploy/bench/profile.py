@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deploy.bench.arguments import add_batches, add_dtype, add_models
-from deploy.bench.checkpoints import MODELS, make_models
+from deploy.bench.checkpoints import MODELS, make_checkpoints_of
 from deploy.bench.engine import Engine
 from deploy.bench.report import Answer, Cell, Table, say
 from deploy.bench.rounds import make_requests
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
-    checkpoints = make_models(arguments.models, folder, arguments.dtype, [GUIDING])
+    checkpoints = make_checkpoints_of(arguments.models, folder, arguments.dtype, [GUIDING])
     found: dict[int, Spent] = {}
     say("starting vLLM with trimtab")
     with Engine(

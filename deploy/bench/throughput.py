@@ -17,7 +17,7 @@ import torch
 
 from deploy.bench.arguments import add_batches, add_dtype, add_models, add_rounds, within
 from deploy.bench.baseline import Baseline
-from deploy.bench.checkpoints import MODELS, SMALL, Checkpoints, make_mapped, make_models
+from deploy.bench.checkpoints import MODELS, SMALL, Checkpoints, make_checkpoints_of, make_mapped
 from deploy.bench.engine import Engine, Run
 from deploy.bench.report import Answer, Cell, Plot, Table, rounded, say
 from deploy.bench.rounds import (
@@ -77,8 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
-    # One network guides, one is just resident, and one is mapped.
-    checkpoints = make_models(arguments.models, folder, arguments.dtype, ("guiding", "resident"))
+    # One network guides, one is just resident, and beside the small target, one is mapped.
+    checkpoints = make_checkpoints_of(
+        arguments.models, folder, arguments.dtype, ("guiding", "resident")
+    )
     if arguments.models == SMALL:
         checkpoints.networks["mapped"] = make_mapped(folder, arguments.dtype)
     names = configurations(checkpoints, arguments.peers, torch.cuda.is_available())

@@ -9,12 +9,15 @@ from deploy.bench.checkpoints import (
     LARGE_TARGET,
     MIDDLE_NETWORK,
     MIDDLE_TARGET,
+    MODELS,
     NETWORK,
     TARGET,
     WIDTHS,
     Checkpoints,
+    Models,
     Shape,
-    make_large_checkpoints,
+    make_checkpoints_of,
+    make_dummy_checkpoints,
     make_sized_networks,
     num_parameters,
     shape_of,
@@ -37,7 +40,7 @@ SMALLER: Shape = TOY | {"layers": 1, "vocab_size": 576, "tie_word_embeddings": T
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     folder = tmp_path_factory.mktemp("toy")
-    return make_large_checkpoints(folder, "bfloat16", ["guiding"], TOY, SMALLER)
+    return make_dummy_checkpoints(folder, "bfloat16", ["guiding"], TOY, SMALLER)
 
 
 def parameters_of(shape: Shape, folder: Path) -> int:
@@ -77,6 +80,18 @@ def test_a_dummy_target_is_a_configuration_and_a_tokenizer(toy: Checkpoints) -> 
     assert (config.architectures, config.dtype) == (["Qwen2ForCausalLM"], torch.bfloat16)
     assert (toy.target / "tokenizer.json").exists()
     assert toy.engine_options == {"dtype": "bfloat16", "load_format": "dummy"}
+
+
+def test_each_size_is_a_target_and_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "1.5b", Models(TOY, SMALLER, 1.0))
+    made = make_checkpoints_of("1.5b", tmp_path, "bfloat16", ["guiding", "resident"])
+    assert (list(made.networks), made.has_weights) == (["guiding", "resident"], False)
+    sizes = [
+        parameters_of(shape, tmp_path / name) for name, shape in {"a": TOY, "b": SMALLER}.items()
+    ]
+    assert [num_parameters(made.target), num_parameters(made.networks["guiding"])] == sizes
 
 
 def test_parameters_are_counted_with_weights_and_without(toy: Checkpoints) -> None:

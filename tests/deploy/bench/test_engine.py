@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.distributed.device_communicators import shm_broadcast
 
-from deploy.bench.checkpoints import Checkpoints, make_large_checkpoints
+from deploy.bench.checkpoints import Checkpoints, make_dummy_checkpoints
 from deploy.bench.engine import Engine, Request
 from deploy.bench.price import put_back, take_out
 from deploy.bench.rounds import make_prompts
@@ -23,7 +23,7 @@ SHORT, LONG = make_prompts(2, 6, "seed"), make_prompts(1, 90, "seed")[0]
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     folder = tmp_path_factory.mktemp("dummy")
-    return make_large_checkpoints(folder, "float32", ["first", "second"], TOY, SMALLER)
+    return make_dummy_checkpoints(folder, "float32", ["first", "second"], TOY, SMALLER)
 
 
 @pytest.fixture(scope="module")
