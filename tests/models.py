@@ -164,17 +164,19 @@ def make_model(
     tokenizer: PreTrainedTokenizerFast | None = None,
     with_tokenizer: bool = True,
     with_weights: bool = True,
+    settings: dict[str, Any] | None = None,
 ) -> Path:
     """Write a random checkpoint (safetensors, config, tokenizer) to `path` and return it.
 
     Args:
-        architecture: transformers' model type; "llama", "qwen2" and "qwen3" are tried.
+        architecture: transformers' model type, of the Llama, Qwen, Mistral and Gemma families.
         head_dim: a size that vLLM's CPU attention knows: 32, 64, 80, 96, 112, 128, ...
         vocab_size: rows of the embedding (default: the tokenizer's size); those beyond the
             tokenizer are padding, whose logits are 0.
         logit_std: standard deviation of a row's logits over the tokenizer's vocabulary.
         with_tokenizer: write the tokenizer too.
         with_weights: write the weights too; vLLM makes some up with `load_format="dummy"`.
+        settings: what else its configuration says.
     """
     path = Path(path)
     tokenizer = tokenizer or make_tokenizer()
@@ -192,6 +194,7 @@ def make_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **(settings or {}),
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -63,7 +63,7 @@ def model_config(path: Path, target: VllmConfig, translated: bool) -> VllmConfig
     config.cache_config.num_gpu_blocks_override = None
     config.cache_config.cache_dtype = "auto"
     config.cache_config.kv_cache_layout = None
-    config.cache_config.sliding_window = None
+    config.cache_config.sliding_window = _window_of_all_layers(config.model_config)
     config.lora_config = None
     config.speculative_config = None
     config.kv_transfer_config = None
@@ -74,6 +74,17 @@ def _graph_mode(target: VllmConfig) -> CUDAGraphMode:
     """Capture decoding steps whole where vLLM does so for the target (`server.worker.graphs`)."""
     whole = target.compilation_config.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
     return CUDAGraphMode.FULL_DECODE_ONLY if whole else CUDAGraphMode.NONE
+
+
+def _window_of_all_layers(model_config: ModelConfig) -> int | None:
+    """Return the sliding window of a model whose layers all have it, as Mistral's do.
+
+    Others tell vLLM of each layer's. So does its `EngineArgs.create_engine_config`.
+    """
+    kinds = getattr(model_config.hf_text_config, "layer_types", None)
+    if kinds is None or all(kind == "sliding_attention" for kind in kinds):
+        return model_config.get_sliding_window()
+    return None
 
 
 def _shorten_positions(model_config: ModelConfig) -> None:

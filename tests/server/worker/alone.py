@@ -85,6 +85,10 @@ def rows_of(histories: Mapping[int, Sequence[int]]) -> Rows:
 @torch.no_grad()
 def plain_logits(checkpoint: Path, history: Sequence[int]) -> torch.Tensor:
     """Return what transformers computes: float32 `[len(history), vocab_size]`."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=torch.float32,
+        attn_implementation="eager",  # torch's knows no cap
+    ).eval()
     logits: torch.Tensor = model(torch.tensor([list(history)])).logits[0]
     return logits
