@@ -43,7 +43,8 @@ def add_value_logits(
         factor = torch.as_tensor(scale, dtype=torch.float32, device=logits.device)
         guided = logits if rows is None else logits[rows]
         guided[:, :covered].addcmul_(value[:, :covered], factor)
-        guided[:, covered:] = EXCLUDED
+        if covered < guided.shape[1]:
+            guided[:, covered:] = EXCLUDED
         if rows is not None:
             logits.index_copy_(0, rows, guided)
         return

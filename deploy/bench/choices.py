@@ -9,7 +9,6 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,9 +32,12 @@ AS_IS = "as it is"
 IN_TARGETS_DTYPE = "networks compute in the target's dtype"
 SLOW_BLOCKS = "a row that fills a block sends its batch down the path of rows that owe tokens"
 LAID_OUT = "rows are laid out anew in each step"
+VLLMS_ATTENTION = "attention is vLLM's layer, and kernels are called from Python"
 TWO_PASSES = "value logits are scaled into a tensor of their own, then added"
 UNCOMPILED = "networks run uncompiled"
-NAMES = (AS_IS, IN_TARGETS_DTYPE, SLOW_BLOCKS, LAID_OUT, TWO_PASSES, UNCOMPILED)
+LOADED = (AS_IS, IN_TARGETS_DTYPE, VLLMS_ATTENTION)
+"""What a network has to be loaded for in its own way."""
+NAMES = (*LOADED, SLOW_BLOCKS, LAID_OUT, TWO_PASSES, UNCOMPILED)
 BETWEEN = 1 << 26
 """Bytes read between two steps: more than caches hold."""
 
@@ -50,23 +52,20 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     from tests.server.worker.alone import process_group
 
-    # As many as vLLM's worker has, which leaves a core to the engine.
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    # As many as the worker has on a small machine (`server/cpu.py`).
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     say("making random checkpoints")
     checkpoints = make_checkpoints(folder, "bfloat16", ["guiding"])
-    with (
-        process_group(folder),
-        steps(checkpoints) as as_is,
-        steps(checkpoints, IN_TARGETS_DTYPE) as in_dtype,
-    ):
+    with process_group(folder), contextlib.ExitStack() as stack:
+        loaded = {name: stack.enter_context(steps(checkpoints, name)) for name in LOADED}
 
         def measure(name: str, batch_size: int, number: int) -> float:
-            which = in_dtype if name == IN_TARGETS_DTYPE else as_is
+            which = loaded.get(name, loaded[AS_IS])
             with undone(name, which):
                 return which.run(batch_size, arguments.tokens, number)
 
         rounds = take_turns(arguments.batch_sizes, NAMES, arguments.rounds, measure)
-        dtypes = {"network_dtype": as_is.dtype, "target_dtype": checkpoints.dtype}
+        dtypes = {"network_dtype": loaded[AS_IS].dtype, "target_dtype": checkpoints.dtype}
     return Answer(
         tables=[
             Table(
@@ -133,7 +132,7 @@ class Steps:
 
 @contextlib.contextmanager
 def steps(checkpoints: Checkpoints, name: str = AS_IS) -> Iterator[Steps]:
-    """Load the network, in the target's dtype or in that which suits the CPU."""
+    """Load the network, as it is or without one of the choices."""
     import vllm.ir
     from vllm.engine.arg_utils import EngineArgs
 
@@ -141,12 +140,14 @@ def steps(checkpoints: Checkpoints, name: str = AS_IS) -> Iterator[Steps]:
 
     config = EngineArgs(str(checkpoints.target)).create_engine_config()
     vllm.ir.set_default_torch_wrap(False)  # as in vLLM's CPU worker
-    dtype = (
-        patch("server.worker.configuration.network_dtype", lambda target, _: target)
-        if name == IN_TARGETS_DTYPE
-        else contextlib.nullcontext()
-    )
-    with dtype, residency(checkpoints.target, checkpoints.networks, config) as worker:
+    without = {
+        IN_TARGETS_DTYPE: patch("server.worker.configuration.network_dtype", lambda to, _: to),
+        VLLMS_ATTENTION: patch("server.worker.model.make_direct", lambda _: []),
+    }
+    with (
+        without.get(name, contextlib.nullcontext()),
+        residency(checkpoints.target, checkpoints.networks, config) as worker,
+    ):
         yield Steps(worker)
 
 
@@ -160,7 +161,7 @@ def undone(name: str, which: Steps) -> Iterator[None]:
     if name == SLOW_BLOCKS:
         changed = patch.object(NetworkModel, "_make_room", _has_room)
     elif name == LAID_OUT:
-        changed = patch.object(forward, "_rows_of", partial(_lay_out_anew, forward))
+        changed = patch.object(forward, "goes_on", lambda *_: False)
     elif name == TWO_PASSES:
         changed = patch.object(guidance, "add_value_logits", _add_in_two_passes)
     elif name == UNCOMPILED:
@@ -173,11 +174,6 @@ def undone(name: str, which: Steps) -> Iterator[None]:
 
 def _has_room(model: Any, rows: Any) -> bool:
     return bool((rows.lengths <= model.table.capacity[rows.slots]).all())
-
-
-def _lay_out_anew(forward: Any, slots: np.ndarray) -> Any:
-    forward._decode_rows = None
-    return type(forward)._rows_of(forward, slots)
 
 
 def _add_in_two_passes(

@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 from vllm import envs
 from vllm.compilation import caching
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
@@ -69,10 +70,22 @@ def load_what_was_compiled() -> None:
     @wraps(factors)
     def aot_compile_hash_factors(config: VllmConfig) -> list[str]:
         cpu = torch.backends.cpu.get_cpu_capability(), sorted(torch.cpu.get_capabilities().items())
-        return [*factors(config), str(cpu)]
+        return [*factors(config), str(cpu), str(inductor.cpp_wrapper)]
 
     torch.compiler.load_compiled_function = load_compiled_function
     caching.aot_compile_hash_factors = aot_compile_hash_factors
+
+
+@contextmanager
+def without_python() -> Iterator[None]:
+    """Have inductor call one kernel after the other from C++, and not from Python, which takes
+    longer than the small ones themselves.
+
+    It refuses to (`InductorError`) where operations take other things than tensors and numbers.
+    vLLM's attention takes a layer's name.
+    """
+    with inductor.patch(cpp_wrapper=True):
+        yield
 
 
 @contextmanager

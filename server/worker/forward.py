@@ -1,28 +1,59 @@
 """One forward of a network's model: rows laid out for vLLM's attention, and run."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from server.worker.blocks import BlockTable
+from server.worker.attention import LAYERS, DirectAttention
+from server.worker.blocks import BLOCK_SIZE, BlockTable
 from server.worker.graphs import DecodeGraphs, DecodeInputs, GraphMemory, graph_sizes
 from server.worker.loading import Pieces
 
 
-class _DecodeRows(NamedTuple):
-    """What stays as it is from step to step, until rows or their blocks change."""
+class _DecodeRows:
+    """Rows that decode together, laid out for as long as they and their blocks stay.
 
-    slots: np.ndarray  # int64 [num_rows]
-    revision: int  # of the block table
-    row_starts: torch.Tensor  # int32 [num_rows + 1] on the device
-    block_ids: torch.Tensor  # int32 [num_rows, max_blocks] on the device
+    Attributes:
+        slots: int64 `[num_rows]`.
+        revision: of the block table.
+        row_starts: int32 `[num_rows + 1]` on the device.
+        block_ids: int32 `[num_rows, max_blocks]` on the device.
+        lengths: int32 `[num_rows]`, of the rows with the tokens that come next.
+        positions, places: int64 `[num_rows]`, of these tokens in the rows and in the pool.
+        steps_left: until a row comes to the end of its block.
+    """
+
+    def __init__(
+        self,
+        table: BlockTable,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+        row_starts: torch.Tensor,
+        block_ids: torch.Tensor,
+    ) -> None:
+        positions = lengths - 1
+        self.slots = slots
+        self.revision = table.revision
+        self.row_starts = row_starts
+        self.block_ids = block_ids
+        self.lengths = lengths.copy()
+        self._each = np.stack((positions, table.places(slots, positions)), dtype=np.int64)
+        self.positions, self.places = self._each
+        self.steps_left = BLOCK_SIZE - int((positions % BLOCK_SIZE).max())
+
+    def step(self) -> None:
+        """Move on by a token each."""
+        self.lengths += 1
+        self._each += 1
+        self.steps_left -= 1
 
 
 class Forward:
@@ -36,6 +67,7 @@ class Forward:
         self,
         model: torch.nn.Module,
         layers: dict[str, AttentionLayerBase],
+        direct: Sequence[DirectAttention],
         kv_layer: FullAttentionSpec,
         config: VllmConfig,
         table: BlockTable,
@@ -45,6 +77,7 @@ class Forward:
         Args:
             model: its layers are bound to the KV cache that `table` is about.
             layers: of attention, by name.
+            direct: the same, if they are such.
             kv_layer: the shape of each layer's KV cache.
             config: what vLLM runs the model with.
             table: says where rows have their keys and values.
@@ -53,6 +86,7 @@ class Forward:
         self.eager = False
         self._model = model
         self._layer_names = list(layers)
+        self._for_layers = {LAYERS: direct}
         self._config = config
         self._table = table
         self._device = device
@@ -65,35 +99,56 @@ class Forward:
         self._decode_rows: _DecodeRows | None = None
         self._graphs: DecodeGraphs | None = None
 
-    def decode(
-        self, tokens: torch.Tensor, positions: np.ndarray, slots: np.ndarray
-    ) -> torch.Tensor:
+    def goes_on(self, slots: np.ndarray, lengths: np.ndarray) -> bool:
+        """Whether these rows are those of the last step, longer by its token, in the same blocks.
+
+        Args:
+            slots: int64 `[num_rows]`; the same array again means the same rows.
+            lengths: int32 `[num_rows]`, of each row with the token that is to be run.
+        """
+        rows = self._decode_rows
+        return (
+            rows is not None
+            and rows.slots is slots
+            and rows.revision == self._table.revision
+            and rows.steps_left > 0
+            and bool((rows.lengths == lengths).all())
+        )
+
+    def lay_out(self, slots: np.ndarray, lengths: np.ndarray) -> None:
+        """Get ready to decode rows that do not go on, see `goes_on`: they have their blocks."""
+        row_starts = self._row_starts[: len(slots) + 1].to(self._device)
+        blocks = self._to_device(self._table.block_ids[slots])
+        self._decode_rows = _DecodeRows(self._table, slots, lengths, row_starts, blocks)
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run one token of each row. The hot path: no Python per row.
 
         Args:
-            tokens: int `[num_rows]` on the device.
-            positions: int32 `[num_rows]`, each token's place in its row.
-            slots: int64 `[num_rows]`; the same array again means the same rows.
+            tokens: int `[num_rows]` on the device, of rows that go on or were laid out.
 
         Returns:
             Hidden states `[num_rows, hidden_size]`, valid until the next forward.
         """
-        rows, lengths = self._rows_of(slots), positions + 1
+        rows = self._decode_rows
         inputs = DecodeInputs(
             tokens,
-            self._to_device(positions.astype(np.int64)),
-            self._to_device(self._table.places(slots, positions)),
-            self._to_device(lengths),
+            self._to_device(rows.positions),
+            self._to_device(rows.places),
+            self._to_device(rows.lengths),
             rows.row_starts,
             rows.block_ids,
         )
         graphs = None if self.eager else self._graphs
-        size = None if graphs is None else graphs.size_for(len(slots))
+        size = None if graphs is None else graphs.size_for(len(tokens))
         if graphs is None or size is None:
-            return self._run_decode(inputs, lengths)
-        # Some backends plan the kernels' work here, into tensors that the graph reads.
-        self._describe_decode(graphs.fill(size, inputs), None)
-        return graphs.replay(size)[: len(slots)]
+            hidden = self._run_decode(inputs, rows.lengths)
+        else:
+            # Some backends plan the kernels' work here, into tensors that the graph reads.
+            self._describe_decode(graphs.fill(size, inputs), None)
+            hidden = graphs.replay(size)[: len(tokens)]
+        rows.step()
+        return hidden
 
     def extend(
         self,
@@ -161,15 +216,6 @@ class Forward:
         """Free the graphs that were captured."""
         self._graphs = None
 
-    def _rows_of(self, slots: np.ndarray) -> _DecodeRows:
-        rows, revision = self._decode_rows, self._table.revision
-        if rows is None or rows.slots is not slots or rows.revision != revision:
-            row_starts = self._row_starts[: len(slots) + 1]
-            blocks = self._to_device(self._table.block_ids[slots])
-            rows = _DecodeRows(slots, revision, row_starts.to(self._device), blocks)
-            self._decode_rows = rows
-        return rows
-
     def _describe_decode(self, inputs: DecodeInputs, lengths: np.ndarray | None) -> Any:
         """Return vLLM's metadata of a decoding step.
 
@@ -205,13 +251,15 @@ class Forward:
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
         """Run the model: `[num_tokens]` each, all on the device."""
-        with set_forward_context(
+        # vLLM's `set_forward_context` does this, and what is for batches of several ranks.
+        context = create_forward_context(
             dict.fromkeys(self._layer_names, metadata),
             self._config,
-            num_tokens=len(tokens),
             slot_mapping=dict.fromkeys(self._layer_names, slot_mapping),
+            additional_kwargs=self._for_layers,
             skip_compiled=self.eager,
-        ):
+        )
+        with override_forward_context(context):
             hidden: torch.Tensor = self._model(input_ids=tokens, positions=positions)
         return hidden
 

@@ -265,20 +265,22 @@ class Guidance:
         Rows in chunked prefill are not sampled. The network follows them chunk by chunk, or a long
         prompt would keep everyone waiting at its end.
         """
-        sampled = batch.sampled[assignment.rows]
-        ready = sampled
-        if assignment.network.translator is not None:
+        translated = assignment.network.translator is not None
+        if batch.sampled.all() and not translated:
+            return assignment, None
+        ready = sampled = batch.sampled[assignment.rows]
+        if translated:
             ready = self._advance(assignment, batch, newest)
         scored = assignment.only(ready)
         if scored is assignment or sampled.all():
             return scored, None
         owing = assignment.follows & ~sampled
-        if assignment.network.translator is not None:
+        if translated:
             # A beginning may be longer than the whole prompt, and what may be rewritten waits.
             longest = assignment.network.max_context
             owing &= [0 < row.num_stable <= longest for row in assignment.translations]
         owed = self._rows_of(assignment.only(owing), batch)
-        if assignment.network.translator is not None:
+        if translated:
             owed = owed._replace(lengths=owed.num_stable)
         return scored, owed
 

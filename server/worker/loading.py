@@ -96,6 +96,8 @@ def release_weights(model: torch.nn.Module) -> None:
             module.cpu_linear = None  # holds the weights as CPU kernels want them
         if hasattr(module, "kv_cache"):
             module.kv_cache = torch.empty(0)
+        if hasattr(module, "caches"):
+            module.caches = ()  # views of it
     for parameter in model.parameters():
         parameter.data = torch.empty(0, dtype=parameter.dtype)
 

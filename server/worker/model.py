@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch._inductor.exc import InductorError
 from vllm.config import (
     CompilationMode,
     VllmConfig,
@@ -16,8 +17,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 
+from server.worker.attention import make_direct
 from server.worker.blocks import BlockPool, BlockTable, KVShape, TokensOf
-from server.worker.compilation import CompiledForwards, whatever_folder
+from server.worker.compilation import CompiledForwards, whatever_folder, without_python
 from server.worker.configuration import kv_spec, model_config
 from server.worker.forward import Forward
 from server.worker.loading import (
@@ -131,6 +133,7 @@ class NetworkModel:
         self._device = device
         self._model = model
         self._layers = get_layers_from_vllm_config(config, AttentionLayerBase)
+        self._direct = make_direct(self._layers.values())
         config.cache_config.kv_cache_layout = get_supported_kv_cache_layouts(
             {layer.get_attn_backend() for layer in self._layers.values()}
         )[0].name
@@ -155,7 +158,13 @@ class NetworkModel:
         for layer, cache in zip(self._layers.values(), pool.layer_caches, strict=True):
             layer.bind_kv_cache(cache)
         self._forward = Forward(
-            self._model, self._layers, self.kv_shape.layer, self.config, self.table, self._device
+            self._model,
+            self._layers,
+            self._direct,
+            self.kv_shape.layer,
+            self.config,
+            self.table,
+            self._device,
         )
 
     def warm_up(self, forwards: CompiledForwards) -> Pieces:
@@ -174,8 +183,7 @@ class NetworkModel:
         yield
         if self.config.compilation_config.mode != CompilationMode.NONE:
             forwards.adopt(self._model, self.config)
-            with whatever_folder(self.config):
-                compiled = self._try(eager=False)
+            compiled = self._try_compiled()
             # Rounding differs by a few per mille; another network's weights would by about 100 %.
             self._forward.eager = not _alike(compiled, eager)
             if self._forward.eager:
@@ -198,13 +206,25 @@ class NetworkModel:
         num_rows = min(8, self._max_rows)
         slots = np.zeros(num_rows, dtype=np.int64)
         # Each writes a place of its own: of several in one place, threads decide which one stays.
-        positions = np.arange(num_rows, dtype=np.int32)
+        lengths = np.arange(num_rows, dtype=np.int32) + 1
         tokens = torch.arange(num_rows, device=self._device, dtype=torch.int32) % self.vocab_size
         self._forward.eager = eager
         with torch.inference_mode(), set_current_vllm_config(self.config, check_compile=False):
-            logits = self._decode(slots, positions, tokens).float()
+            self._forward.lay_out(slots, lengths)
+            logits = self._model.compute_logits(self._decode(slots, lengths, tokens)).float()
         self.table.release(0)
         return logits
+
+    def _try_compiled(self) -> torch.Tensor:
+        """Return the same of the compiled forward, which is loaded or compiled if it has to be."""
+        with whatever_folder(self.config):
+            if self._direct:
+                try:
+                    with without_python():
+                        return self._try(eager=False)
+                except InductorError:
+                    logger.info("%s: its kernels are called from Python", self.path, exc_info=True)
+            return self._try(eager=False)
 
     def free(self) -> None:
         """Give back weights and KV blocks. The model must not be used any more."""
@@ -222,15 +242,14 @@ class NetworkModel:
         Returns:
             `[num_rows, vocab_size]` in the model's dtype.
         """
-        table, positions = self.table, rows.lengths - 1
         if self._lacks_ids:
             rows = rows._replace(last_tokens=rows.last_tokens.clamp(max=self.vocab_size - 1))
-        if (table.computed[rows.slots] == positions).all() and self._make_room(rows):
-            logits = self._decode(rows.slots, positions, rows.last_tokens)
+        if self._forward.goes_on(rows.slots, rows.lengths) or self._begin_decoding(rows):
+            hidden = self._decode(rows.slots, rows.lengths, rows.last_tokens)
         else:
-            logits = self._model.compute_logits(self._extend(rows))
-        table.last_used[rows.slots] = self.pool.tick()
-        return logits
+            hidden = self._extend(rows)
+        self.table.last_used[rows.slots] = self.pool.tick()
+        return self._model.compute_logits(hidden)
 
     def read(self, rows: Rows) -> None:
         """Bring rows' histories into the KV cache, for steps to come.
@@ -288,14 +307,20 @@ class NetworkModel:
         """Forget a slot's history. Its full blocks stay in the prefix cache."""
         self.table.release(slot)
 
-    def _decode(
-        self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor
-    ) -> torch.Tensor:
-        """Run one token of each row. The hot path: no Python per row."""
-        hidden = self._forward.decode(tokens, positions, slots)
-        self.table.computed[slots] = positions + 1
+    def _decode(self, slots: np.ndarray, lengths: np.ndarray, tokens: torch.Tensor) -> torch.Tensor:
+        """Run one token of each row, which are laid out. The hot path: no Python per row."""
+        hidden = self._forward.decode(tokens)
+        self.table.decoded(slots, lengths)
         self.num_tokens += len(slots)
-        return self._model.compute_logits(hidden)
+        return hidden
+
+    def _begin_decoding(self, rows: Rows) -> bool:
+        """Lay out rows that owe one token each; False: some owe more, or there is no room."""
+        owe_one = self.table.computed[rows.slots] + 1 == rows.lengths
+        if not (owe_one.all() and self._make_room(rows)):
+            return False
+        self._forward.lay_out(rows.slots, rows.lengths)
+        return True
 
     def _make_room(self, rows: Rows) -> bool:
         """Find blocks for rows whose last one is full; False: not for all of them."""
@@ -433,7 +458,7 @@ class NetworkModel:
         """Run tokens of any rows, see `Forward.extend`, and take note that they are computed."""
         token_ids = token_ids.clamp_(0, self.vocab_size - 1)
         hidden = self._forward.extend(token_ids, positions, row_starts, slots, stops)
-        self.table.computed[slots] = stops
+        self.table.extended(slots, stops)
         self.num_tokens += len(positions)
         return hidden
 

@@ -102,7 +102,9 @@ class V1Processor(LogitsProcessor):
             return None  # nothing guided, or a warm-up of vLLM's
         with self.steering.contained("the guidance step"):
             num_rows = batch.num_reqs
-            last = runner.query_start_loc.gpu[1 : num_rows + 1].long() - 1
+            last: slice | torch.Tensor = slice(num_rows)
+            if runner.query_start_loc.np[num_rows] != num_rows:  # more than a token of each
+                last = runner.query_start_loc.gpu[1 : num_rows + 1].long() - 1
             kwargs["logits"] = self._guidance.step(
                 kwargs["logits"],
                 Batch(

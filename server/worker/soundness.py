@@ -52,8 +52,9 @@ class Soundness(Protocol):
 
 def are_finite(scores: Scores) -> bool:
     """Whether all of them are; waits for the device."""
-    # A sum is finite only if every logit is: one pass, one number.
-    total = scores.value.sum(dtype=torch.float32)
+    # A sum is finite only if every logit is: one pass, one number. It is made in float32 in any
+    # case; of float16 it would not fit into float16 again.
+    total = scores.value.sum(dtype=torch.float32 if scores.value.dtype == torch.float16 else None)
     if scores.distances is not None:
         total = total + scores.distances.sum()
     return math.isfinite(total.item())  # of a tensor, it would be four operations

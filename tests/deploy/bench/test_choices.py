@@ -4,9 +4,10 @@ import torch
 
 from deploy.bench.checkpoints import Checkpoints
 from deploy.bench.choices import (
-    AS_IS,
     IN_TARGETS_DTYPE,
+    LOADED,
     NAMES,
+    VLLMS_ATTENTION,
     _add_in_two_passes,
     steps,
     undone,
@@ -24,17 +25,20 @@ def test_each_choice_can_be_undone_and_is_back_afterwards(tmp_path: Path) -> Non
     checkpoints = Checkpoints(target, networks, "bfloat16")
     with process_group(tmp_path), steps(checkpoints) as as_is:
         forward, model = as_is.model._forward, type(as_is.model)
-        whole = model._make_room, forward._rows_of, guidance.add_value_logits, forward.eager
+        whole = model._make_room, forward.goes_on, guidance.add_value_logits, forward.eager
         for name in NAMES:
             with undone(name, as_is):
-                changed = model._make_room, forward._rows_of, guidance.add_value_logits
-                assert (*changed, forward.eager) != whole or name in (AS_IS, IN_TARGETS_DTYPE), name
+                changed = model._make_room, forward.goes_on, guidance.add_value_logits
+                assert (*changed, forward.eager) != whole or name in LOADED, name
                 assert as_is.run(2, 12, 0) > 0
-            after = model._make_room, forward._rows_of, guidance.add_value_logits, forward.eager
+            after = model._make_room, forward.goes_on, guidance.add_value_logits, forward.eager
             assert after == whole
         assert as_is.network.failure is None
         with steps(checkpoints, IN_TARGETS_DTYPE) as in_dtype:
             assert in_dtype.dtype == "bfloat16"
+        assert as_is.model._direct
+        with steps(checkpoints, VLLMS_ATTENTION) as with_vllms:
+            assert not with_vllms.model._direct
         assert as_is.dtype == str(precision.network_dtype(torch.bfloat16, "cpu"))[6:]
 
 

@@ -4,13 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import vllm.ir
+from torch._inductor import config as inductor
 from vllm.compilation import caching
 from vllm.config import VllmConfig
 
 from server.worker.compilation import CompiledForwards, whatever_folder
 from server.worker.configuration import model_config
+from server.worker.model import NetworkModel
 from tests.models import make_model, make_network
-from tests.server.worker.alone import engine_config
+from tests.server.worker.alone import (
+    engine_config,
+    plain_logits,
+    process_group,
+    residency,
+    rows_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +65,41 @@ def test_what_another_cpu_has_compiled_is_not_found(
     wider = capabilities | {"avx512_f": not capabilities.get("avx512_f", False)}
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: wider)
     assert looked_up(target) != here
+
+
+@pytest.mark.parametrize("layers", ["direct", "vllms", "taken"])
+def test_kernels_are_called_from_python_only_where_they_must(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str
+) -> None:
+    """vLLM's layers take a name, which inductor hands over from Python only: it has to try again
+    where they are taken for such as do not."""
+    network = make_network(tmp_path / "network")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    if layers != "direct":
+        found = list if layers == "taken" else lambda _: []
+        monkeypatch.setattr("server.worker.model.make_direct", found)
+    tries: list[bool] = []
+    run = NetworkModel._try
+
+    def counted(model: NetworkModel, eager: bool) -> torch.Tensor:
+        if not eager:
+            tries.append(inductor.cpp_wrapper)
+        return run(model, eager)
+
+    monkeypatch.setattr(NetworkModel, "_try", counted)
+    config = engine_config(root / "target", enforce_eager=False)
+    rows = {0: [20, 21, 22], 1: [30, 31]}
+    with (
+        vllm.ir.enable_torch_wrap(False),  # as in vLLM's CPU worker
+        process_group(root),
+        residency(root / "target", {"qa": network}, config) as worker,
+    ):
+        (resident,) = worker.networks()
+        model = resident.models["value"]
+        assert not model._forward.eager and not inductor.cpp_wrapper
+        for _ in range(3):
+            found = model.score(rows_of(rows))
+            rows = {slot: [*row, 40] for slot, row in rows.items()}
+    expected = torch.stack([plain_logits(network, row[:-1])[-1] for row in rows.values()])
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+    assert tries == {"direct": [True], "vllms": [False], "taken": [True, False]}[layers]

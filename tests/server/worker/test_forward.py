@@ -104,6 +104,43 @@ def test_the_layout_of_rows_that_stay_is_kept_until_their_blocks_change(
     assert_scored(model, grow(rows, 61))
 
 
+def test_rows_that_go_on_into_blocks_that_they_have_already(model: NetworkModel) -> None:
+    """A row that was cut short keeps its blocks: none changes where it comes to the next."""
+    slots = np.array([0, 1])
+    rows = histories(40, 50)
+    model.score(rows_of(rows))
+    for token in range(20, 60):
+        rows = grow(rows, token)
+        model.score(rows_of(rows)._replace(slots=slots))
+    rows = {slot: row[:60] for slot, row in rows.items()}
+    for slot, row in rows.items():
+        model.rewind(slot, len(row))
+    before = model.table.block_ids.copy()
+    for token in range(100, 110):
+        rows = grow(rows, token)
+        if token == 100:
+            assert_scored(model, rows)
+        else:
+            model.score(rows_of(rows)._replace(slots=slots))
+    assert (model.table.block_ids == before).all()
+    assert_scored(model, grow(rows, 111))
+
+
+def test_rows_that_were_read_by_others_meanwhile_do_not_go_on(model: NetworkModel) -> None:
+    slots = np.array([0, 1])
+    rows = histories(40, 50)
+    for token in (20, 21, 22):
+        model.score(rows_of(rows)._replace(slots=slots))
+        rows = grow(rows, token)
+    lengths = np.array([len(row) for row in rows.values()], dtype=np.int32)
+    assert model._forward.goes_on(slots, lengths)
+    assert not model._forward.goes_on(slots.copy(), lengths)
+    assert not model._forward.goes_on(slots, lengths + 1)
+    model.rewind(1, 30)
+    assert not model._forward.goes_on(slots, lengths)
+    assert_scored(model, rows)
+
+
 def test_other_rows_in_the_same_slots_are_laid_out_anew(model: NetworkModel) -> None:
     rows = histories(70, 35)
     model.score(rows_of(rows))
