@@ -26,8 +26,10 @@ class _DecodeRows:
         revision: of the block table.
         row_starts: int32 `[num_rows + 1]` on the device.
         block_ids: int32 `[num_rows, max_blocks]` on the device.
-        lengths: int32 `[num_rows]`, of the rows with the tokens that come next.
-        positions, places: int64 `[num_rows]`, of these tokens in the rows and in the pool.
+        lengths: int32 `[num_rows]` on the host, of the rows with the tokens that come next.
+        longest: of these.
+        positions, places: int64 `[num_rows]` on the host, of these tokens in the rows and in the
+            pool.
         steps_left: until a row comes to the end of its block.
     """
 
@@ -44,15 +46,23 @@ class _DecodeRows:
         self.revision = table.revision
         self.row_starts = row_starts
         self.block_ids = block_ids
-        self.lengths = lengths.copy()
-        self._each = np.stack((positions, table.places(slots, positions)), dtype=np.int64)
-        self.positions, self.places = self._each
+        self.longest = int(lengths.max())
         self.steps_left = BLOCK_SIZE - int((positions % BLOCK_SIZE).max())
+        self._lengths = lengths.copy()
+        self._each = np.stack((positions, table.places(slots, positions)), dtype=np.int64)
+        # Views, made once: there are a few microseconds in each.
+        self.lengths = torch.from_numpy(self._lengths)
+        self.positions, self.places = torch.from_numpy(self._each)
+
+    def are(self, lengths: np.ndarray) -> bool:
+        """Whether these are the rows' lengths: int32 `[num_rows]`."""
+        return bool((self._lengths == lengths).all())
 
     def step(self) -> None:
         """Move on by a token each."""
-        self.lengths += 1
+        self._lengths += 1
         self._each += 1
+        self.longest += 1
         self.steps_left -= 1
 
 
@@ -112,7 +122,7 @@ class Forward:
             and rows.slots is slots
             and rows.revision == self._table.revision
             and rows.steps_left > 0
-            and bool((rows.lengths == lengths).all())
+            and rows.are(lengths)
         )
 
     def lay_out(self, slots: np.ndarray, lengths: np.ndarray) -> None:
@@ -142,7 +152,7 @@ class Forward:
         graphs = None if self.eager else self._graphs
         size = None if graphs is None else graphs.size_for(len(tokens))
         if graphs is None or size is None:
-            hidden = self._run_decode(inputs, rows.lengths)
+            hidden = self._run_decode(inputs, rows)
         else:
             # Some backends plan the kernels' work here, into tensors that the graph reads.
             self._describe_decode(graphs.fill(size, inputs), None)
@@ -216,31 +226,31 @@ class Forward:
         """Free the graphs that were captured."""
         self._graphs = None
 
-    def _describe_decode(self, inputs: DecodeInputs, lengths: np.ndarray | None) -> Any:
+    def _describe_decode(self, inputs: DecodeInputs, rows: _DecodeRows | None) -> Any:
         """Return vLLM's metadata of a decoding step.
 
         Args:
-            lengths: of `inputs` on the host; None: for a graph, which holds for all lengths.
+            rows: those of `inputs`; None: for a graph, which holds for all lengths.
         """
-        num_rows, most = len(inputs.tokens), self._table.max_tokens
+        num_rows = len(inputs.tokens)
         return self._metadata_builder.build(
             0,
             CommonAttentionMetadata(
                 query_start_loc=inputs.row_starts,
                 query_start_loc_cpu=self._row_starts[: num_rows + 1],
                 seq_lens=inputs.lengths,
-                seq_lens_cpu_upper_bound=None if lengths is None else torch.from_numpy(lengths),
+                seq_lens_cpu_upper_bound=None if rows is None else rows.lengths,
                 num_reqs=num_rows,
                 num_actual_tokens=num_rows,
                 max_query_len=1,
-                max_seq_len=most if lengths is None else int(lengths.max()),
+                max_seq_len=self._table.max_tokens if rows is None else rows.longest,
                 block_table_tensor=inputs.block_ids,
                 slot_mapping=inputs.slot_mapping,
             ),
         )
 
-    def _run_decode(self, inputs: DecodeInputs, lengths: np.ndarray | None) -> torch.Tensor:
-        metadata = self._describe_decode(inputs, lengths)
+    def _run_decode(self, inputs: DecodeInputs, rows: _DecodeRows | None) -> torch.Tensor:
+        metadata = self._describe_decode(inputs, rows)
         return self._run(inputs.tokens, inputs.positions, metadata, inputs.slot_mapping)
 
     def _run(
@@ -263,7 +273,7 @@ class Forward:
             hidden: torch.Tensor = self._model(input_ids=tokens, positions=positions)
         return hidden
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        if self._device.type == "cpu":
-            return torch.from_numpy(array)
-        return async_tensor_h2d(array, self._device)  # through pinned memory: nothing waits
+    def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
+        if self._device.type != "cpu":
+            return async_tensor_h2d(array, self._device)  # through pinned memory: nothing waits
+        return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
