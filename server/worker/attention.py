@@ -54,15 +54,17 @@ class DirectAttention(Attention):
         """Write keys and values into the KV cache, and attend; for the arguments see vLLM's."""
         if output_shape is not None or output_dtype is not None:
             return super().forward(query, key, value, output_shape, output_dtype)
-        output = query.new_empty(len(query), self.num_heads, self.head_size_v)
+        # Kernels trust what they are told: a configuration may claim fewer heads than keys have.
+        num_tokens = len(query)
+        output = query.new_empty(num_tokens, self.num_heads, self.head_size_v)
         torch.ops.trimtab.attention(
-            query.view(-1, self.num_heads, self.head_size),
-            key.view(-1, self.num_kv_heads, self.head_size),
-            value.view(-1, self.num_kv_heads, self.head_size_v),
+            query.view(num_tokens, self.num_heads, self.head_size),
+            key.view(num_tokens, self.num_kv_heads, self.head_size),
+            value.view(num_tokens, self.num_kv_heads, self.head_size_v),
             output,
             self.place,
         )
-        return output.view(len(query), -1)
+        return output.view(num_tokens, -1)
 
 
 def make_direct(layers: Iterable[AttentionLayerBase]) -> list[DirectAttention]:

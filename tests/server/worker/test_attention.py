@@ -114,3 +114,11 @@ def test_a_network_that_is_freed_keeps_no_kv_cache(root: Path) -> None:
         ours, vllms = layers[1].caches[0].data_ptr(), layers[1].kv_cache.data_ptr()
         assert ours == vllms
     assert [layer.caches for layer in layers] == [(), ()]
+
+
+def test_a_model_that_claims_fewer_heads_than_its_keys_have_is_refused(root: Path) -> None:
+    """vLLM's kernels would read behind the end of what they are given."""
+    claims = {"architecture": "gpt_neox", "heads": 2, "kv_heads": 1}  # which knows no groups
+    make_network(root / "claims", max_position_embeddings=CONTEXT, **claims)
+    with pytest.raises(RuntimeError, match="is invalid for input of size"), loaded(root, "claims"):
+        pass
