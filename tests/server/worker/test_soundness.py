@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from server.worker.network import Scores
-from server.worker.soundness import LAG, NOT_FINITE, Deferred, Immediate, soundness
+from server.worker.soundness import (
+    LAG,
+    NOT_FINITE,
+    Deferred,
+    Immediate,
+    are_finite,
+    soundness,
+)
 
 ROWS, VOCAB = 4, 6
 INF = float("inf")
@@ -34,6 +41,14 @@ def scores(*broken: int, distances: list[float] | None = None) -> Scores:
 def test_what_a_device_gets() -> None:
     assert isinstance(soundness(torch.device("cpu"), failing([])), Immediate)
     assert isinstance(soundness(torch.device("cuda"), failing([])), Deferred)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_logits_may_come_to_more_than_their_format_holds(dtype: torch.dtype) -> None:
+    value = torch.full((3, 4096), 60.0, dtype=dtype)  # float16 ends at 65504
+    assert are_finite(Scores(value, None))
+    value[1, 7] = INF
+    assert not are_finite(Scores(value, None))
 
 
 @pytest.mark.parametrize("value", [float("nan"), INF, -INF])
