@@ -142,7 +142,7 @@ def steps(checkpoints: Checkpoints, name: str = AS_IS) -> Iterator[Steps]:
     vllm.ir.set_default_torch_wrap(False)  # as in vLLM's CPU worker
     without = {
         IN_TARGETS_DTYPE: patch("server.worker.configuration.network_dtype", lambda to, _: to),
-        VLLMS_ATTENTION: patch("server.worker.model.make_direct", lambda _: []),
+        VLLMS_ATTENTION: patch("server.worker.model.make_direct", lambda _: False),
     }
     with (
         without.get(name, contextlib.nullcontext()),

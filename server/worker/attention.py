@@ -1,13 +1,13 @@
 """Attention of networks on a CPU: one operation a layer, which has nothing left to look up.
 
 vLLM makes two operations of it. Each finds its layer by name, and makes the views of the KV cache
-that the kernels take, anew at each call: in a small network that takes longer than the kernels.
+that the kernels take, in Python and anew at each call. What that costs a small network's step,
+`python -m deploy.bench choices` says.
 
 Reads vLLM 0.32's `Attention`, `CPUAttentionBackendImpl` and `vllm._custom_ops`.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 from vllm.forward_context import get_forward_context
@@ -16,7 +16,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
 LAYERS = "trimtab_layers"
-"""Where the forward context has the model's layers: a list of `DirectAttention`."""
+"""Where the forward context has the model's layers, a list."""
 
 _library = torch.library.Library("trimtab", "FRAGMENT")
 _library.define(
@@ -67,20 +67,18 @@ class DirectAttention(Attention):
         return output.view(num_tokens, -1)
 
 
-def make_direct(layers: Iterable[AttentionLayerBase]) -> list[DirectAttention]:
-    """Turn all layers of a model into such that call the kernels themselves, or none.
+def make_direct(layers: Collection[AttentionLayerBase]) -> bool:
+    """Turn all layers of a model, in order, into such that call the kernels themselves.
 
     Returns:
-        Them, by place; empty: they are others than plain ones on a CPU, and stay vLLM's.
+        Whether it has; if not all are plain ones on a CPU, all stay vLLM's.
     """
-    layers = list(layers)
-    if not all(_is_plain(layer) for layer in layers):
-        return []
-    direct: list[Any] = layers
-    for place, layer in enumerate(direct):
+    if not all(map(_is_plain, layers)):
+        return False
+    for place, layer in enumerate(layers):
         layer.__class__ = DirectAttention
         layer.place, layer.caches = place, ()
-    return direct
+    return True
 
 
 def _is_plain(layer: AttentionLayerBase) -> bool:

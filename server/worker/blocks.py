@@ -177,7 +177,8 @@ class BlockTable:
         capacity: int32 `[max_rows]`, tokens that the slot's blocks can hold.
         last_used: int64 `[max_rows]`, when a slot last ran, by the pool's `tick`.
         block_ids: int32 `[max_rows, max_blocks]`.
-        revision: changes whenever `block_ids` or `computed` does, but for `decoded`.
+        revision: changes whenever `block_ids` does, or `computed` in another way than by a decoding
+            step, which sets it to one more.
         requests: vLLM's record of each slot that owns blocks.
         drops: sequences that lost their blocks to others and had to be recomputed.
         prefix_queries: tokens of sequences that were looked up in the prefix cache.
@@ -296,25 +297,16 @@ class BlockTable:
         self._refresh(slot)
         return True
 
-    def extended(self, slots: np.ndarray, lengths: np.ndarray) -> None:
-        """Take note of what has been computed: int32 `[num_slots]` tokens of each sequence."""
-        self.computed[slots] = lengths
-        self.revision += 1
-
-    def decoded(self, slots: np.ndarray, lengths: np.ndarray) -> None:
-        """Take note of the same, where it is one token more of each."""
-        self.computed[slots] = lengths
-
     def rewind(self, slot: int, length: int) -> None:
         """Forget what is computed behind the first `length` tokens; the slot keeps its blocks.
 
         Tokens that were passed as stable must not have changed, unless `length` is 0.
         """
-        if length:
-            self.computed[slot] = min(self.computed[slot], length)
-            self.revision += 1
-        else:
+        if not length:
             self.release(slot)
+        elif length < self.computed[slot]:
+            self.computed[slot] = length
+            self.revision += 1
 
     def release(self, slot: int) -> None:
         """Free a slot's blocks; full ones stay in the prefix cache until their space is needed."""

@@ -78,8 +78,7 @@ def load_what_was_compiled() -> None:
 
 @contextmanager
 def without_python() -> Iterator[None]:
-    """Have inductor call one kernel after the other from C++, and not from Python, which takes
-    longer than the small ones themselves.
+    """Have inductor call one kernel after the other from C++, and not from Python.
 
     It refuses to (`InductorError`) where operations take other things than tensors and numbers.
     vLLM's attention takes a layer's name.

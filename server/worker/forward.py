@@ -1,6 +1,5 @@
 """One forward of a network's model: rows laid out for vLLM's attention, and run."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from server.worker.attention import LAYERS, DirectAttention
+from server.worker.attention import LAYERS
 from server.worker.blocks import BLOCK_SIZE, BlockTable
 from server.worker.graphs import DecodeGraphs, DecodeInputs, GraphMemory, graph_sizes
 from server.worker.loading import Pieces
@@ -50,7 +49,7 @@ class _DecodeRows:
         self.steps_left = BLOCK_SIZE - int((positions % BLOCK_SIZE).max())
         self._lengths = lengths.copy()
         self._each = np.stack((positions, table.places(slots, positions)), dtype=np.int64)
-        # Views, made once: there are a few microseconds in each.
+        # Views, which need not be made in each step.
         self.lengths = torch.from_numpy(self._lengths)
         self.positions, self.places = torch.from_numpy(self._each)
 
@@ -77,7 +76,6 @@ class Forward:
         self,
         model: torch.nn.Module,
         layers: dict[str, AttentionLayerBase],
-        direct: Sequence[DirectAttention],
         kv_layer: FullAttentionSpec,
         config: VllmConfig,
         table: BlockTable,
@@ -87,7 +85,6 @@ class Forward:
         Args:
             model: its layers are bound to the KV cache that `table` is about.
             layers: of attention, by name.
-            direct: the same, if they are such.
             kv_layer: the shape of each layer's KV cache.
             config: what vLLM runs the model with.
             table: says where rows have their keys and values.
@@ -96,7 +93,7 @@ class Forward:
         self.eager = False
         self._model = model
         self._layer_names = list(layers)
-        self._for_layers = {LAYERS: direct}
+        self._for_layers = {LAYERS: list(layers.values())}
         self._config = config
         self._table = table
         self._device = device

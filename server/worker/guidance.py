@@ -6,6 +6,7 @@ adapters know how a runner announces rows and where it keeps tokens.
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +106,7 @@ class Guidance:
         Returns:
             float32 `[num_rows, vocab_size]`; rows without guidance are exactly the target's.
         """
-        newest = _Newest(batch.last_tokens)
+        newest = cache(batch.last_tokens.tolist)  # waits for the device: once, and only if asked
         self._soundness.begin_step()
         turned = self._follow_controls(batch, newest) if self._controlled else False
         if turned or self._revision != self.residency.revision:
@@ -312,19 +313,6 @@ class Guidance:
         return Rows(
             assignment.slots, lengths, last_tokens, assignment.histories, lengths, batch.history
         )
-
-
-class _Newest:
-    """The newest token of each row on the host: waits for the device, once, and only if asked."""
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self._tokens = tokens
-        self._ids: list[int] | None = None
-
-    def __call__(self) -> list[int]:
-        if self._ids is None:
-            self._ids = self._tokens.tolist()
-        return self._ids
 
 
 def _places(rows: Sequence[int]) -> dict[int, int]:

@@ -133,7 +133,7 @@ class NetworkModel:
         self._device = device
         self._model = model
         self._layers = get_layers_from_vllm_config(config, AttentionLayerBase)
-        self._direct = make_direct(self._layers.values())
+        self._is_direct = make_direct(self._layers.values())
         config.cache_config.kv_cache_layout = get_supported_kv_cache_layouts(
             {layer.get_attn_backend() for layer in self._layers.values()}
         )[0].name
@@ -158,13 +158,7 @@ class NetworkModel:
         for layer, cache in zip(self._layers.values(), pool.layer_caches, strict=True):
             layer.bind_kv_cache(cache)
         self._forward = Forward(
-            self._model,
-            self._layers,
-            self._direct,
-            self.kv_shape.layer,
-            self.config,
-            self.table,
-            self._device,
+            self._model, self._layers, self.kv_shape.layer, self.config, self.table, self._device
         )
 
     def warm_up(self, forwards: CompiledForwards) -> Pieces:
@@ -218,7 +212,7 @@ class NetworkModel:
     def _try_compiled(self) -> torch.Tensor:
         """Return the same of the compiled forward, which is loaded or compiled if it has to be."""
         with whatever_folder(self.config):
-            if self._direct:
+            if self._is_direct:
                 try:
                     with without_python():
                         return self._try(eager=False)
@@ -310,7 +304,7 @@ class NetworkModel:
     def _decode(self, slots: np.ndarray, lengths: np.ndarray, tokens: torch.Tensor) -> torch.Tensor:
         """Run one token of each row, which are laid out. The hot path: no Python per row."""
         hidden = self._forward.decode(tokens)
-        self.table.decoded(slots, lengths)
+        self.table.computed[slots] = lengths
         self.num_tokens += len(slots)
         return hidden
 
@@ -458,7 +452,8 @@ class NetworkModel:
         """Run tokens of any rows, see `Forward.extend`, and take note that they are computed."""
         token_ids = token_ids.clamp_(0, self.vocab_size - 1)
         hidden = self._forward.extend(token_ids, positions, row_starts, slots, stops)
-        self.table.extended(slots, stops)
+        self.table.computed[slots] = stops
+        self.table.revision += 1
         self.num_tokens += len(positions)
         return hidden
 

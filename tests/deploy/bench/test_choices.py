@@ -36,9 +36,9 @@ def test_each_choice_can_be_undone_and_is_back_afterwards(tmp_path: Path) -> Non
         assert as_is.network.failure is None
         with steps(checkpoints, IN_TARGETS_DTYPE) as in_dtype:
             assert in_dtype.dtype == "bfloat16"
-        assert as_is.model._direct
+        assert as_is.model._is_direct
         with steps(checkpoints, VLLMS_ATTENTION) as with_vllms:
-            assert not with_vllms.model._direct
+            assert not with_vllms.model._is_direct
         assert as_is.dtype == str(precision.network_dtype(torch.bfloat16, "cpu"))[6:]
 
 

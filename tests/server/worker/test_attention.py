@@ -72,7 +72,7 @@ def test_every_bit_is_that_of_vllms_own_layers(root: Path, name: str) -> None:
     with loaded(root, name) as model:
         assert all(type(layer) is DirectAttention for layer in model._layers.values())
         direct = scores(model)
-    with patch("server.worker.model.make_direct", lambda _: []), loaded(root, name) as model:
+    with patch("server.worker.model.make_direct", lambda _: False), loaded(root, name) as model:
         assert all(type(layer) is Attention for layer in model._layers.values())
         assert all(map(torch.equal, direct, scores(model)))
 
@@ -98,18 +98,19 @@ def test_a_model_reads_as_far_back_as_its_windows_let_it(root: Path, name: str) 
 def test_layers_stay_vllms_where_one_has_more_to_do(
     root: Path, owner: str, attribute: str, value: object
 ) -> None:
-    with patch("server.worker.model.make_direct", lambda _: []), loaded(root, "llama") as model:
+    with patch("server.worker.model.make_direct", lambda _: False), loaded(root, "llama") as model:
         layers = list(model._layers.values())
         special = layers[1] if owner == "layer" else layers[1].impl
         with patch.object(special, attribute, value):
-            assert make_direct(layers) == []
+            assert not make_direct(layers)
         assert all(type(layer) is Attention for layer in layers)
-        assert make_direct(layers) == layers
+        assert make_direct(layers)
+        assert all(type(layer) is DirectAttention for layer in layers)
 
 
 def test_a_network_that_is_freed_keeps_no_kv_cache(root: Path) -> None:
     with loaded(root, "llama") as model:
-        layers = model._direct
+        layers = list(model._layers.values())
         assert [len(layer.caches) for layer in layers] == [2, 2]
         ours, vllms = layers[1].caches[0].data_ptr(), layers[1].kv_cache.data_ptr()
         assert ours == vllms

@@ -136,6 +136,8 @@ def test_rows_that_were_read_by_others_meanwhile_do_not_go_on(model: NetworkMode
     assert model._forward.goes_on(slots, lengths)
     assert not model._forward.goes_on(slots.copy(), lengths)
     assert not model._forward.goes_on(slots, lengths + 1)
+    model.rewind(1, int(lengths[1]) - 1)  # as rows of another vocabulary are: nothing is forgotten
+    assert model._forward.goes_on(slots, lengths)
     model.rewind(1, 30)
     assert not model._forward.goes_on(slots, lengths)
     assert_scored(model, rows)
