@@ -13,12 +13,6 @@ one only, but whoever shares a core with them keeps the threads on all others wa
 SPINS = 10_000
 """Looks of an OpenMP thread for its next work before it sleeps, a thirtieth of GNU's default: meant
 to last between two operations of a forward, and not between two steps."""
-HUGE_PAGES = "glibc.malloc.hugetlb"
-"""GNU's allocator asks the kernel for huge pages if this is 1 when a process starts."""
-KEPT = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=67108864"
-"""Bytes. What is smaller lies together, so that small weights share huge pages (more than 32 MiB
-cannot be), and what a step takes and frees stays: else huge pages of it are given back and cleared
-again."""
 
 
 def settle_cpu(args: Namespace) -> list[str]:
@@ -30,25 +24,10 @@ def settle_cpu(args: Namespace) -> list[str]:
     if args.kv_cache_memory_bytes is None:
         # vLLM would take most of the machine's memory.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(KV_CACHE_GB))
-    settle_pages()
     workers = args.tensor_parallel_size * args.data_parallel_size
     if workers == 1 and args.kv_transfer_config is None:  # which wants a core of its own
         settle_cores()
     return _settle_compilation(args)
-
-
-def settle_pages() -> None:
-    """Let workers have their memory in huge pages, where the kernel gives them to who asks.
-
-    A step reads the weights of target and networks from end to end, and a page of 4 KiB is a short
-    part of that. For the figures see docs/performance.md. The user may have decided; who preloads
-    another allocator than GNU's has. On CUDA, weights are elsewhere.
-    """
-    from vllm.platforms import current_platform
-
-    given = os.environ.get("GLIBC_TUNABLES", "")
-    if current_platform.is_cpu() and HUGE_PAGES not in given:
-        os.environ["GLIBC_TUNABLES"] = f"{given}:{HUGE_PAGES}=1:{KEPT}".removeprefix(":")
 
 
 def settle_cores() -> None:

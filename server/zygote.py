@@ -32,7 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from server.cpu import settle_cores, settle_pages
+from server.cpu import settle_cores
 from server.settings import ENVIRONMENT_VARIABLE, KEY_VARIABLES
 
 log = logging.getLogger("vllm.trimtab")
@@ -192,7 +192,6 @@ def _environment_of_a_worker() -> Iterator[None]:
 
     for name in READ_WHEN_USED:
         os.environ.pop(name, None)
-    settle_pages()
     settle_cores()
     if libraries := _preloaded():
         os.environ["LD_PRELOAD"] = libraries

@@ -30,7 +30,7 @@ from deploy.bench.rounds import (
     step_seconds,
     take_turns,
 )
-from server.cpu import HUGE_PAGES, SPINS
+from server.cpu import SPINS
 
 GUIDING = "guiding"
 GNU_SPINS = 300_000
@@ -53,7 +53,6 @@ class Sharing(NamedTuple):
 
 
 RESERVED = Sharing("a core reserved", {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"})
-SMALL_PAGES = Sharing("all, pages of 4 KiB", {"GLIBC_TUNABLES": f"{HUGE_PAGES}=0"})
 
 
 def all_cores(spins: int) -> Sharing:
@@ -74,19 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="looks of an idle thread before it sleeps; the first one is what the others are "
         f"compared with ({SPINS} {GNU_SPINS}: trimtab's, and GNU's OpenMP's default)",
     )
-    parser.add_argument(
-        "--pages",
-        action="store_true",
-        help="compare the first with the same in small pages of memory, and with nothing else",
-    )
 
 
 def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     say("making random checkpoints")
     checkpoints = make_checkpoints(folder, arguments.dtype, [GUIDING])
     ways = [*map(all_cores, dict.fromkeys(arguments.spins)), RESERVED]
-    if arguments.pages:
-        ways = [ways[0], SMALL_PAGES]
     engines: dict[str, Engine] = {}
     with contextlib.ExitStack() as running:
         for number, way in enumerate(ways):

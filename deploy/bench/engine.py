@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from server.choice import EXTRA_ARG, Choice, ChosenNetwork, seal
-from server.cpu import settle_cores, settle_pages
+from server.cpu import settle_cores
 from server.settings import ENVIRONMENT_VARIABLE, Settings
 from value_models.manifest import tokenizer_fingerprint
 from value_models.store import check_network
@@ -230,7 +230,6 @@ def _run(
         os.environ[ENVIRONMENT_VARIABLE] = ""  # its presence counts: server/worker/waiting.py
     os.environ.update(environment)
     if networks or set_up_alike:
-        settle_pages()
         settle_cores()
     served = _Served(target, networks, log.with_suffix(""), value_memory_gb, options)
     pipe.send(served.description)

@@ -4,7 +4,6 @@ Models whose KV caches have one shape share a pool, so memory goes where the tra
 in it is a cache over token history: anything may be dropped and recomputed, slower but never wrong.
 """
 
-import contextlib
 import mmap
 from collections.abc import Callable
 from typing import NamedTuple
@@ -161,15 +160,10 @@ class BlockPool:
 
 def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
     """Return int8 zeros. On a CPU the kernel hands them out a page at a time, as they are used:
-    to write them all would stop decoding for as long as it takes, up to a second per GiB. It is
-    asked for huge pages, as a step reads from many places (`server/cpu.py`)."""
+    to write them all would stop decoding for as long as it takes, up to a second per GiB."""
     if device.type != "cpu":
         return torch.zeros(num_bytes, dtype=torch.int8, device=device)
-    # What processes share has pages of another setting, which is mostly off.
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.int8)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.int8)
 
 
 class BlockTable:

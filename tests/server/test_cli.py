@@ -16,7 +16,6 @@ import pytest
 from server import zygote
 from tests.models import OTHER_TEXT, make_network, make_tokenizer
 from tests.server.conftest import SMALL
-from tests.server.pages import asked_for, only_on_demand
 from tests.server.serving import TARGET, Served, serving, trimtab
 
 GREEDY = {"temperature": 0}
@@ -172,11 +171,6 @@ def test_engine_and_worker_are_forked_from_who_has_imported_vllm(server: Served)
     assert engine.parent() == worker.parent() == parent
     # That is where OpenMP, which binds its processes, is set up for the worker.
     assert engine.cpu_affinity() == psutil.Process(server.process.pid).cpu_affinity()
-
-
-@only_on_demand
-def test_the_worker_has_its_memory_in_huge_pages(server: Served) -> None:
-    assert "[heap]" in [name for _, name in asked_for(named(server, "Worker").pid)]
 
 
 def test_sigterm_finishes_running_requests(checkpoints: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from server import cpu
-from server.cpu import KEPT, RESERVED_FROM, settle_cores, settle_cpu, settle_pages
+from server.cpu import RESERVED_FROM, settle_cores, settle_cpu
 
 SETTLED = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_NUM_OF_RESERVED_CPU", "GOMP_SPINCOUNT")
 
@@ -16,7 +16,7 @@ SETTLED = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_NUM_OF_RESERVED_CPU", "GOMP_SPINC
 def environment() -> Iterator[None]:
     """Nothing is set that could be settled."""
     with mock.patch.dict(os.environ):
-        for variable in (*SETTLED, "OMP_WAIT_POLICY", "LD_PRELOAD", "GLIBC_TUNABLES"):
+        for variable in (*SETTLED, "OMP_WAIT_POLICY", "LD_PRELOAD"):
             os.environ.pop(variable, None)
         yield
 
@@ -92,24 +92,6 @@ def test_cores_that_the_process_may_not_use_do_not_count() -> None:
     finally:
         os.sched_setaffinity(0, allowed)
     assert os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, f"glibc.malloc.hugetlb=1:{KEPT}"),
-        ({"GLIBC_TUNABLES": "glibc.rtld.nns=4"}, f"glibc.rtld.nns=4:glibc.malloc.hugetlb=1:{KEPT}"),
-        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0"),
-    ],
-)
-def test_memory_is_in_huge_pages_unless_the_user_has_decided(
-    given: dict[str, str], expected: str
-) -> None:
-    os.environ.update(given)
-    settle_cpu(flags(tensor_parallel_size=2))
-    assert os.environ["GLIBC_TUNABLES"] == expected
-    settle_pages()
-    assert os.environ["GLIBC_TUNABLES"] == expected
 
 
 def test_memory_for_the_target_is_a_flag_or_two_gib() -> None:

@@ -13,7 +13,6 @@ from server.worker.graphs import DecodeGraphs, DecodeInputs, GraphMemory
 from server.worker.loading import finish
 from server.worker.model import NetworkModel
 from tests.models import make_model, make_network
-from tests.server.pages import asked_for, only_on_demand
 from tests.server.worker.alone import (
     engine_config,
     plain_logits,
@@ -187,12 +186,6 @@ def test_a_trial_run_comes_to_the_same_whatever_threads_do(model: NetworkModel) 
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(first, other) for other in others)
-
-
-@only_on_demand
-def test_the_kv_cache_is_in_huge_pages(model: NetworkModel) -> None:
-    (cache, *_) = model.pool.layer_caches
-    assert any(cache.data_ptr() in addresses for addresses, _ in asked_for("self"))
 
 
 def test_sizes_that_rows_are_replayed_at() -> None:
