@@ -125,19 +125,20 @@ class CompiledForwards:
 
     def adopt(self, model: torch.nn.Module, config: VllmConfig) -> None:
         """Give `model` the forward of an earlier model of the same architecture, if any."""
-        module = _compiled_module(model)
+        module = compiled_module(model)
         forward = self._forwards.get(_architecture(config))
         if module is not None and forward is not None:
             module.aot_compiled_fn = forward
 
     def keep(self, model: torch.nn.Module, config: VllmConfig) -> None:
         """Remember the forward that `model` compiled when it first ran."""
-        forward = getattr(_compiled_module(model), "aot_compiled_fn", None)
+        forward = getattr(compiled_module(model), "aot_compiled_fn", None)
         if forward is not None:
             self._forwards.setdefault(_architecture(config), forward)
 
 
-def _compiled_module(model: torch.nn.Module) -> Any:
+def compiled_module(model: torch.nn.Module) -> Any:
+    """Return the part of a model that vLLM compiles, which has its forward; None: there is none."""
     wrappers = (m for m in model.modules() if isinstance(m, TorchCompileWithNoGuardsWrapper))
     return next((wrapper for wrapper in wrappers if not wrapper.do_not_compile), None)
 

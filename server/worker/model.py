@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,13 @@ from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 
 from server.worker.attention import make_direct
 from server.worker.blocks import BlockPool, BlockTable, KVShape, TokensOf
-from server.worker.compilation import CompiledForwards, whatever_folder, without_python
+from server.worker.bound import bind
+from server.worker.compilation import (
+    CompiledForwards,
+    compiled_module,
+    whatever_folder,
+    without_python,
+)
 from server.worker.configuration import kv_spec, model_config
 from server.worker.forward import Forward
 from server.worker.loading import (
@@ -184,6 +190,7 @@ class NetworkModel:
                 logger.warning("%s: its compiled forward is off, running eagerly", self.path)
             else:
                 forwards.keep(self._model, self.config)
+                self._bind_forward(eager)
             yield
         try:
             yield from self._forward.capture(forwards.graphs)
@@ -194,10 +201,36 @@ class NetworkModel:
             logger.warning("%s: its CUDA graphs are off, running without them", self.path)
             self._forward.forget_graphs()
 
-    def _try(self, eager: bool) -> torch.Tensor:
-        """Return float32 logits of a decoding step of a few rows, compiled and captured or not."""
+    def _bind_forward(self, eager: torch.Tensor) -> None:
+        """Have the compiled forward look up the weights once, if that is all it looks up.
+
+        Args:
+            eager: logits as `_try` returns them.
+        """
+        module, most = compiled_module(self._model), len(eager)
+        compiled = None if module is None else module.aot_compiled_fn
+        if compiled is None or most < 3:  # a size of 1 might be taken for a constant
+            return
+
+        def trials(forward: Any) -> Sequence[int]:
+            module.aot_compiled_fn = forward
+            for num_rows in (numbers := (most, most - 1)):
+                self._try(eager=False, most=num_rows)
+            return numbers
+
+        module.aot_compiled_fn = bind(compiled, trials) or compiled
+        if not _alike(self._try(eager=False), eager):
+            logger.warning("%s: its weights are looked up in each step", self.path)
+            module.aot_compiled_fn = compiled
+
+    def _try(self, eager: bool, most: int = 8) -> torch.Tensor:
+        """Return float32 logits of a decoding step of a few rows, compiled and captured or not.
+
+        Args:
+            most: so many rows, where the worker has them.
+        """
         # Two rows at least: torch.compile would take a size of 1 for a constant.
-        num_rows = min(8, self._max_rows)
+        num_rows = min(most, self._max_rows)
         slots = np.zeros(num_rows, dtype=np.int64)
         # Each writes a place of its own: of several in one place, threads decide which one stays.
         lengths = np.arange(num_rows, dtype=np.int32) + 1

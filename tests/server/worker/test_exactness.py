@@ -11,7 +11,7 @@ import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.compilation.counter import compilation_counter
 
-from server.worker.compilation import _compiled_module
+from server.worker.compilation import compiled_module
 from tests.models import make_contrast, make_model, make_network
 from tests.server.worker.engine import Ask, GuidedEngine, guided_engine, one_context_gb
 
@@ -292,7 +292,7 @@ def num_forwards(worker: Any) -> int:
     """Different compiled forwards that the networks' models run."""
     networks = worker._processor().steering.residency.networks()
     models = [model for network in networks for model in network.models.values()]
-    return len({id(_compiled_module(model._model).aot_compiled_fn) for model in models})
+    return len({id(compiled_module(model._model).aot_compiled_fn.compiled) for model in models})
 
 
 def num_compiled(_worker: Any) -> int:
