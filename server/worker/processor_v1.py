@@ -16,6 +16,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from server.worker.guidance import Batch
 from server.worker.history import ListedHistory
 from server.worker.row import GuidedRow
+from server.worker.sampling import sample_at_once
 from server.worker.scoring import guide_prompt_scores
 from server.worker.steering import Steering, end_row
 
@@ -52,6 +53,7 @@ class V1Processor(LogitsProcessor):
             runner.sampler.register_forward_pre_hook(self._enter_sampler, with_kwargs=True)
             runner.sampler.register_forward_hook(self._leave_sampler)
             guide_prompt_scores(runner, self._guidance, self._rows)
+            sample_at_once(runner)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow rows as they join, leave and move; called before every forward."""

@@ -207,6 +207,42 @@ def test_what_a_grammar_forbids_stays_forbidden(
     assert all(line["masked"] for line in lines)
 
 
+def count_messages(worker: Any) -> None:
+    """Count those in which the engine asks for tokens alone."""
+    ask_for_tokens, worker.asked = worker.sample_tokens, 0
+
+    def sample_tokens(grammar: Any) -> Any:
+        worker.asked += 1
+        return ask_for_tokens(grammar)
+
+    worker.sample_tokens = sample_tokens
+
+
+def counted(worker: Any) -> int:
+    del worker.sample_tokens
+    asked: int = worker.asked
+    return asked
+
+
+def test_tokens_are_asked_for_by_themselves_only_where_a_grammar_masks_them(
+    engine: GuidedEngine,
+) -> None:
+    def messages(*asks: Ask) -> int:
+        engine.llm.collective_rpc(count_messages)
+        try:
+            outputs = engine.run(asks)
+        finally:
+            (asked,) = engine.llm.collective_rpc(counted)
+        assert all(len(output.outputs[0].token_ids) == 6 for output in outputs)
+        return asked
+
+    plain, guided = Ask([70, 71, 72], 6), Ask([73, 74], 6, "pair", 2.0)
+    assert messages(plain, guided) == 0
+    grammar = StructuredOutputsParams(regex="[abc ]{9}")
+    masked = Ask([75, 76], 6, "pair", options={"structured_outputs": grammar})
+    assert messages(plain, guided, masked) >= 6
+
+
 @pytest.mark.parametrize("choice", COMBINATIONS, ids=["static", "dynamic", "floor"])
 def test_bad_words_and_bias_act_after_guidance(
     engine: GuidedEngine, choice: dict[str, Any]
