@@ -127,9 +127,11 @@ def start(worker: Any) -> None:
                 (model._forward, "decode", LAYOUT),
                 (model._forward._metadata_builder, "build", METADATA),
                 (model._forward, "_run", LAUNCH),
-                (model._model, "forward", FORWARD),
+                (model._forward, "run_model", FORWARD),
                 (model._model, "compute_logits", HEAD),
             ]
+            if model._forward.bound is not None:
+                parts.append((model._forward, "bound", FORWARD))
     for owner, name, part in parts:
         setattr(owner, name, _timed(getattr(owner, name), part, wait))
 

@@ -1,9 +1,10 @@
-"""A compiled forward that has looked up its model's weights once.
+"""A compiled model that has looked up its weights once.
 
 What torch.compile makes of a forward is bytecode, which gets each weight from the module, attribute
 after attribute, and a graph, which takes them all. The weights of a network stay the same tensors
-for as long as it lives, so the bytecode need not run in each step: here, the graph is called with
-what the bytecode has called it with before. `python -m deploy.bench choices` says what that spares.
+for as long as it lives, so neither the bytecode nor the modules around it need run in each step:
+here, the graph is called with what the bytecode has called it with before.
+`python -m deploy.bench choices` says what that spares.
 
 Reads torch 2.13's `torch._dynamo.aot_compile.AOTCompiledFunction`.
 """
@@ -13,118 +14,108 @@ from typing import Any, NamedTuple
 
 import torch
 
+Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Returns hidden states `[num_tokens, hidden_size]` of tokens and their positions, `[num_tokens]`
+each."""
+
 
 class _Call(NamedTuple):
-    """One call of a compiled forward."""
+    """One call of a model."""
 
-    num_tokens: int
-    given: tuple[Any, ...]  # to the forward
-    arguments: tuple[Any, ...]  # of the graph, which the bytecode has made of it
-    is_first: bool  # whether the forward returns the first thing that the graph does
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    arguments: tuple[Any, ...]  # of the graph, which the bytecode has made of them
+    returns_first: bool  # whether the model returns the first thing that the graph does
 
 
 class BoundForward:
-    """Stands in for a compiled forward, for the module that it was bound to.
-
-    Attributes:
-        compiled: the forward, which modules share.
-    """
+    """Stands in for a compiled model: called with tokens and positions, see `Run`."""
 
     def __init__(
         self,
-        compiled: Any,
+        graph: Callable[..., Any],
         arguments: Sequence[Any],
-        inputs: Sequence[tuple[int, int]],
+        of_tokens: Sequence[int],
+        of_positions: Sequence[int],
         sizes: Sequence[int],
-        counted: int,
     ) -> None:
         """
         Args:
+            graph: what torch has compiled.
             arguments: of the graph.
-            inputs: which of them are given in each call, (place, which of the given).
+            of_tokens, of_positions: which of them are these, in each call anew.
             sizes: which of them are the number of tokens.
-            counted: which of the given has as many entries.
         """
-        self.compiled = compiled
-        self._graph = compiled._artifacts.compiled_fn
-        self._arguments, self._inputs, self._sizes = arguments, inputs, sizes
-        self._counted = counted
+        self._graph, self._arguments = graph, arguments
+        self._of_tokens, self._of_positions, self._sizes = of_tokens, of_positions, sizes
 
-    def __call__(self, module: torch.nn.Module, *args: Any, **options: Any) -> Any:
-        given = (*args, *options.values())
-        arguments = [*self._arguments]
-        for place, which in self._inputs:
-            arguments[place] = given[which]
-        num_tokens = len(given[self._counted])
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        arguments, num_tokens = [*self._arguments], len(tokens)
+        for place in self._of_tokens:
+            arguments[place] = tokens
+        for place in self._of_positions:
+            arguments[place] = positions
         for place in self._sizes:
             arguments[place] = num_tokens
-        return self._graph(*arguments)[0]
+        hidden: torch.Tensor = self._graph(*arguments)[0]
+        return hidden
 
 
-def bind(compiled: Any, trials: Callable[[Any], Sequence[int]]) -> BoundForward | None:
-    """Bind a compiled forward to a module.
+def bind(compiled: Any, run: Run, try_with: Callable[[Run], None]) -> BoundForward | None:
+    """Bind a compiled model to its weights.
 
     Args:
-        compiled: what torch.compile has made, ahead of time.
-        trials: calls what it is given as the module calls its forward, with two numbers of tokens,
-            and returns these.
+        compiled: what torch has compiled of it, ahead of time.
+        run: runs the model.
+        try_with: calls what it is given twice, with different numbers of tokens.
 
     Returns:
-        None: the bytecode does more than to look up weights.
+        None: more is done in a call than to look up weights.
     """
     scope, name = compiled.fn.__globals__, compiled._artifacts.backend_id
     graph = scope[name]
     inner: list[tuple[tuple[Any, ...], Any]] = []
-    outer: list[tuple[tuple[Any, ...], Any]] = []
+    outer: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def note_graph(*arguments: Any) -> Any:
         returned = graph(*arguments)
         inner.append((arguments, returned))
         return returned
 
-    def note_forward(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
-        returned = compiled(module, *args, **options)
-        outer.append(((*args, *options.values()), returned))
-        return returned
+    def note_run(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = run(tokens, positions)
+        outer.append((tokens, positions, hidden))
+        return hidden
 
     scope[name] = note_graph
     try:
-        numbers = trials(note_forward)
+        try_with(note_run)
     finally:
         scope[name] = graph
-    if not len(inner) == len(outer) == len(numbers) == 2:
+    if not len(inner) == len(outer) == 2:
         return None
     first, second = (
-        _Call(number, given, arguments, result is returned[0])
-        for number, (given, result), (arguments, returned) in zip(
-            numbers, outer, inner, strict=True
-        )
+        _Call(tokens, positions, arguments, hidden is returned[0])
+        for (tokens, positions, hidden), (arguments, returned) in zip(outer, inner, strict=True)
     )
-    return _bound(compiled, first, second)
+    return _bound(graph, first, second)
 
 
-def _bound(compiled: Any, first: _Call, second: _Call) -> BoundForward | None:
-    counted = [
-        which
-        for which, given in enumerate(first.given)
-        if isinstance(given, torch.Tensor)
-        and (len(given), len(second.given[which])) == (first.num_tokens, second.num_tokens)
-    ]
-    inputs, sizes = [], []
-    for place, (one, other) in enumerate(zip(first.arguments, second.arguments, strict=True)):
-        which = next((i for i, given in enumerate(first.given) if given is one), None)
-        if isinstance(one, int):
-            if (one, other) == (first.num_tokens, second.num_tokens):
-                sizes.append(place)
-            elif one != other:
-                return None
-        elif which is not None and second.given[which] is other:
-            inputs.append((place, which))
-        elif one is not other:
-            return None
-    if not (counted and first.is_first and second.is_first):
+def _bound(graph: Callable[..., Any], first: _Call, second: _Call) -> BoundForward | None:
+    if not (first.returns_first and second.returns_first):
         return None
     kept = list(first.arguments)
-    for place, _ in inputs:
+    of_tokens, of_positions, sizes = [], [], []
+    for place, (one, other) in enumerate(zip(first.arguments, second.arguments, strict=True)):
+        if one is first.tokens and other is second.tokens:
+            of_tokens.append(place)
+        elif one is first.positions and other is second.positions:
+            of_positions.append(place)
+        elif isinstance(one, int) and (one, other) == (len(first.tokens), len(second.tokens)):
+            sizes.append(place)
+        elif one is not other:
+            return None
+        else:
+            continue
         kept[place] = None
-    return BoundForward(compiled, kept, inputs, sizes, counted[0])
+    return BoundForward(graph, kept, of_tokens, of_positions, sizes)

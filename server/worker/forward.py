@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from server.worker.attention import LAYERS
 from server.worker.blocks import BLOCK_SIZE, BlockTable
+from server.worker.bound import Run
 from server.worker.graphs import DecodeGraphs, DecodeInputs, GraphMemory, graph_sizes
 from server.worker.loading import Pieces
 
@@ -70,6 +71,7 @@ class Forward:
 
     Attributes:
         eager: run the model uncompiled, and without CUDA graphs.
+        bound: runs the compiled model, with its weights looked up; None: the model does by itself.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Forward:
             device: where the model is.
         """
         self.eager = False
+        self.bound: Run | None = None
         self._model = model
         self._layer_names = list(layers)
         self._for_layers = {LAYERS: list(layers.values())}
@@ -266,8 +269,13 @@ class Forward:
             additional_kwargs=self._for_layers,
             skip_compiled=self.eager,
         )
+        run = self.run_model if self.eager or self.bound is None else self.bound
         with override_forward_context(context):
-            hidden: torch.Tensor = self._model(input_ids=tokens, positions=positions)
+            return run(tokens, positions)
+
+    def run_model(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Run the model itself in vLLM's forward context: `[num_tokens]` each, on the device."""
+        hidden: torch.Tensor = self._model(input_ids=tokens, positions=positions)
         return hidden
 
     def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:

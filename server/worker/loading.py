@@ -98,8 +98,6 @@ def release_weights(model: torch.nn.Module) -> None:
             module.kv_cache = torch.empty(0)
         if hasattr(module, "caches"):
             module.caches = ()  # views of it
-        if hasattr(module, "aot_compiled_fn"):
-            module.aot_compiled_fn = None  # may be bound to the weights
     for parameter in model.parameters():
         parameter.data = torch.empty(0, dtype=parameter.dtype)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 
 from server.worker.attention import make_direct
 from server.worker.blocks import BlockPool, BlockTable, KVShape, TokensOf
-from server.worker.bound import bind
+from server.worker.bound import Run, bind
 from server.worker.compilation import (
     CompiledForwards,
     compiled_module,
@@ -190,7 +190,7 @@ class NetworkModel:
                 logger.warning("%s: its compiled forward is off, running eagerly", self.path)
             else:
                 forwards.keep(self._model, self.config)
-                self._bind_forward(eager)
+                self._bind_weights(eager)
             yield
         try:
             yield from self._forward.capture(forwards.graphs)
@@ -201,27 +201,26 @@ class NetworkModel:
             logger.warning("%s: its CUDA graphs are off, running without them", self.path)
             self._forward.forget_graphs()
 
-    def _bind_forward(self, eager: torch.Tensor) -> None:
+    def _bind_weights(self, eager: torch.Tensor) -> None:
         """Have the compiled forward look up the weights once, if that is all it looks up.
 
         Args:
             eager: logits as `_try` returns them.
         """
-        module, most = compiled_module(self._model), len(eager)
+        module, forward, most = compiled_module(self._model), self._forward, len(eager)
         compiled = None if module is None else module.aot_compiled_fn
         if compiled is None or most < 3:  # a size of 1 might be taken for a constant
             return
 
-        def trials(forward: Any) -> Sequence[int]:
-            module.aot_compiled_fn = forward
-            for num_rows in (numbers := (most, most - 1)):
+        def try_with(run: Run) -> None:
+            forward.bound = run
+            for num_rows in (most, most - 1):
                 self._try(eager=False, most=num_rows)
-            return numbers
 
-        module.aot_compiled_fn = bind(compiled, trials) or compiled
+        forward.bound = bind(compiled, forward.run_model, try_with)
         if not _alike(self._try(eager=False), eager):
             logger.warning("%s: its weights are looked up in each step", self.path)
-            module.aot_compiled_fn = compiled
+            forward.bound = None
 
     def _try(self, eager: bool, most: int = 8) -> torch.Tensor:
         """Return float32 logits of a decoding step of a few rows, compiled and captured or not.
@@ -258,6 +257,7 @@ class NetworkModel:
         if self.pool is not None:
             self.pool.remove_table(self.table)
             self._forward.forget_graphs()
+            self._forward.bound = None
         release_weights(self._model)
         self.config.compilation_config.static_forward_context.clear()
 

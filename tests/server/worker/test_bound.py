@@ -1,6 +1,6 @@
 """Compiled forwards that have looked up their weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +11,7 @@ import pytest
 import torch
 import vllm.ir
 
-from server.worker.bound import BoundForward, bind
-from server.worker.compilation import compiled_module
+from server.worker.bound import BoundForward, Run, bind
 from server.worker.model import NetworkModel
 from tests.models import make_model, make_network
 from tests.server.worker.alone import engine_config, process_group, residency, rows_of
@@ -42,10 +41,6 @@ def loaded(root: Path) -> Iterator[list[NetworkModel]]:
         yield [network.models["value"] for network in worker.networks()]
 
 
-def forward_of(model: NetworkModel) -> Any:
-    return compiled_module(model._model).aot_compiled_fn
-
-
 def answers(model: NetworkModel) -> list[torch.Tensor]:
     """To rows that it reads, and that it decodes: some, one, more than it was tried with."""
     found = []
@@ -61,12 +56,10 @@ def answers(model: NetworkModel) -> list[torch.Tensor]:
 
 def test_each_network_answers_with_its_own_weights_to_the_last_bit(root: Path) -> None:
     with loaded(root) as bound:
-        first, second = map(forward_of, bound)
-        assert type(first) is type(second) is BoundForward
-        assert first.compiled is second.compiled
+        assert [type(model._forward.bound) for model in bound] == [BoundForward] * 2
         found = [answers(model) for model in (*bound, *bound)]
     with patch("server.worker.model.bind", lambda *_: None), loaded(root) as looking:
-        assert not any(isinstance(forward_of(model), BoundForward) for model in looking)
+        assert [model._forward.bound for model in looking] == [None, None]
         expected = [answers(model) for model in looking]
     for one, other in zip(found, (*expected, *expected), strict=True):
         assert all(map(torch.equal, one, other))
@@ -76,8 +69,8 @@ def test_each_network_answers_with_its_own_weights_to_the_last_bit(root: Path) -
 def test_a_forward_that_comes_to_something_else_is_not_used(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(compiled: Any, trials: Any) -> BoundForward:
-        bound = bind(compiled, trials)
+    def wrong(*given: Any) -> BoundForward:
+        bound = bind(*given)
         assert bound is not None
         kept = bound._arguments
         bound._arguments = [-a if isinstance(a, torch.nn.Parameter) else a for a in kept]
@@ -85,26 +78,24 @@ def test_a_forward_that_comes_to_something_else_is_not_used(
 
     monkeypatch.setattr("server.worker.model.bind", wrong)
     with loaded(root) as networks:
-        assert not any(isinstance(forward_of(model), BoundForward) for model in networks)
+        assert [model._forward.bound for model in networks] == [None, None]
 
 
 def test_nothing_is_bound_to_the_weights_of_a_network_that_is_freed(root: Path) -> None:
     with loaded(root) as networks:
-        assert all(isinstance(forward_of(model), BoundForward) for model in networks)
-    assert [forward_of(model) for model in networks] == [None, None]
+        assert all(isinstance(model._forward.bound, BoundForward) for model in networks)
+    assert [model._forward.bound for model in networks] == [None, None]
 
 
 class Compiled:
     """What torch makes of a forward, as far as it is read: bytecode, which calls a graph."""
 
-    def __init__(self, code: str, weight: torch.Tensor) -> None:
+    def __init__(self, code: str) -> None:
+        weight = torch.tensor(3.0)
         scope: dict[str, Any] = {"graph": self.graph, "weight": weight, "torch": torch}
-        exec(f"def forward(module, tokens, *, positions=None): {code}", scope)
-        self.fn = scope["forward"]
-        self._artifacts = SimpleNamespace(backend_id="graph", compiled_fn=self.graph)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.fn(*args, **options)
+        exec(f"def forward(tokens, positions): {code}", scope)
+        self.fn: Run = scope["forward"]
+        self._artifacts = SimpleNamespace(backend_id="graph")
 
     @staticmethod
     def graph(size: int, tokens: torch.Tensor, weight: torch.Tensor, other: Any) -> Any:
@@ -112,26 +103,24 @@ class Compiled:
 
 
 def bound_to(code: str) -> tuple[Compiled, BoundForward | None]:
-    compiled = Compiled(code, torch.tensor(3.0))
+    compiled = Compiled(code)
 
-    def trials(forward: Any) -> Sequence[int]:
-        for number in (numbers := (5, 4)):
-            forward(None, torch.rand(number), positions=torch.rand(number))
-        return numbers
+    def try_with(run: Run) -> None:
+        for number in (5, 4):
+            run(torch.rand(number), torch.rand(number))
 
-    bound = bind(compiled, trials)
+    bound = bind(compiled, compiled.fn, try_with)
     assert compiled.fn.__globals__["graph"] is compiled.graph
     return compiled, bound
 
 
 @pytest.mark.parametrize("other", ["positions", "2", "weight", "None"])
-def test_what_is_given_and_how_much_is_new_in_each_call(other: str) -> None:
+def test_tokens_positions_and_how_many_they_are_are_new_in_each_call(other: str) -> None:
     compiled, bound = bound_to(f"return graph(len(tokens), tokens, weight, {other})[0]")
     assert bound is not None
     for number in (4, 1, 9):
         given = torch.rand(number), torch.rand(number)
-        found = bound(torch.nn.Module(), given[0], positions=given[1])
-        assert torch.equal(found, compiled(None, given[0], positions=given[1]))
+        assert torch.equal(bound(*given), compiled.fn(*given))
 
 
 @pytest.mark.parametrize(
@@ -147,5 +136,5 @@ def test_what_is_given_and_how_much_is_new_in_each_call(other: str) -> None:
         "return tokens",
     ],
 )
-def test_bytecode_that_does_more_than_to_look_up_runs_in_each_call(code: str) -> None:
+def test_code_that_does_more_than_to_look_up_runs_in_each_call(code: str) -> None:
     assert bound_to(code)[1] is None

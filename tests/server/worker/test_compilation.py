@@ -87,7 +87,7 @@ def test_kernels_are_called_from_python_only_where_they_must(
         return run(model, eager)
 
     monkeypatch.setattr(NetworkModel, "_try", counted)
-    monkeypatch.setattr(NetworkModel, "_bind_forward", lambda *_: None)  # which tries, too
+    monkeypatch.setattr(NetworkModel, "_bind_weights", lambda *_: None)  # which tries, too
     config = engine_config(root / "target", enforce_eager=False)
     rows = {0: [20, 21, 22], 1: [30, 31]}
     with (

@@ -292,7 +292,7 @@ def num_forwards(worker: Any) -> int:
     """Different compiled forwards that the networks' models run."""
     networks = worker._processor().steering.residency.networks()
     models = [model for network in networks for model in network.models.values()]
-    return len({id(compiled_module(model._model).aot_compiled_fn.compiled) for model in models})
+    return len({id(compiled_module(model._model).aot_compiled_fn) for model in models})
 
 
 def num_compiled(_worker: Any) -> int:
