@@ -118,4 +118,6 @@ def _bound(graph: Callable[..., Any], first: _Call, second: _Call) -> BoundForwa
         else:
             continue
         kept[place] = None
+    if not of_tokens:  # who knows what they are made into
+        return None
     return BoundForward(graph, kept, of_tokens, of_positions, sizes)

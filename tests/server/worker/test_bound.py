@@ -133,6 +133,7 @@ def test_tokens_positions_and_how_many_they_are_are_new_in_each_call(other: str)
         "return graph(len(tokens), tokens, weight, 0)[0] * 1",
         "return graph(len(tokens), tokens, weight, weight)[1]",
         "graph(1, tokens, weight, 0); return graph(len(tokens), tokens, weight, 0)[0]",
+        "return graph(len(tokens), weight.copy_(tokens[0]), weight, 0)[0]",
         "return tokens",
     ],
 )
