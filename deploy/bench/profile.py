@@ -125,7 +125,7 @@ def start(worker: Any) -> None:
         for model in network.models.values():
             parts += [
                 (model._forward, "decode", LAYOUT),
-                (model._forward._metadata_builder, "build", METADATA),
+                (model._forward._metadata, "build", METADATA),
                 (model._forward, "_run", LAUNCH),
                 (model._forward, "run_model", FORWARD),
                 (model._model, "compute_logits", HEAD),

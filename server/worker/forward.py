@@ -66,6 +66,37 @@ class _DecodeRows:
         self.steps_left -= 1
 
 
+class LayersMetadata:
+    """Makes vLLM's metadata of attention: one for all layers of one sliding window.
+
+    What it plans for a batch depends on the window. vLLM 0.32's CPU kernels plan for none where a
+    model's layers differ, and then give a layer that has both a window and sinks wrong results.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, AttentionLayerBase],
+        kv_layer: FullAttentionSpec,
+        config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        """For the arguments see `Forward`."""
+        names: dict[int | None, list[str]] = {}
+        for name, layer in layers.items():
+            names.setdefault(layer.sliding_window, []).append(name)
+        builder = next(iter(layers.values())).get_attn_backend().get_builder_cls()
+        self._builders = [
+            (alike, builder(kv_layer, alike, config, device)) for alike in names.values()
+        ]
+
+    def build(self, batch: CommonAttentionMetadata) -> dict[str, Any]:
+        """Return it for a batch, by layer."""
+        built: dict[str, Any] = {}
+        for names, builder in self._builders:
+            built |= dict.fromkeys(names, builder.build(0, batch))
+        return built
+
+
 class Forward:
     """Runs a model over rows whose keys and values are in a block table.
 
@@ -95,16 +126,12 @@ class Forward:
         self.eager = False
         self.bound: Run | None = None
         self._model = model
-        self._layer_names = list(layers)
         self._for_layers = {LAYERS: list(layers.values())}
         self._config = config
         self._table = table
         self._device = device
-        backend = next(iter(layers.values())).get_attn_backend()
         with set_current_vllm_config(config, check_compile=False):
-            self._metadata_builder = backend.get_builder_cls()(
-                kv_layer, self._layer_names, config, device
-            )
+            self._metadata = LayersMetadata(layers, kv_layer, config, device)
         self._row_starts = torch.arange(table.max_rows + 1, dtype=torch.int32)
         self._decode_rows: _DecodeRows | None = None
         self._graphs: DecodeGraphs | None = None
@@ -183,8 +210,7 @@ class Forward:
         queries, longest = np.diff(row_starts), int(lengths.max())
         places = self._table.places(np.repeat(slots, queries), positions)
         slot_mapping = self._to_device(places)
-        metadata = self._metadata_builder.build(
-            0,
+        metadata = self._metadata.build(
             CommonAttentionMetadata(
                 query_start_loc=self._to_device(row_starts),
                 query_start_loc_cpu=torch.from_numpy(row_starts),
@@ -226,15 +252,14 @@ class Forward:
         """Free the graphs that were captured."""
         self._graphs = None
 
-    def _describe_decode(self, inputs: DecodeInputs, rows: _DecodeRows | None) -> Any:
-        """Return vLLM's metadata of a decoding step.
+    def _describe_decode(self, inputs: DecodeInputs, rows: _DecodeRows | None) -> dict[str, Any]:
+        """Return vLLM's metadata of a decoding step, by layer.
 
         Args:
             rows: those of `inputs`; None: for a graph, which holds for all lengths.
         """
         num_rows = len(inputs.tokens)
-        return self._metadata_builder.build(
-            0,
+        return self._metadata.build(
             CommonAttentionMetadata(
                 query_start_loc=inputs.row_starts,
                 query_start_loc_cpu=self._row_starts[: num_rows + 1],
@@ -257,15 +282,15 @@ class Forward:
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        metadata: Any,
+        metadata: dict[str, Any],
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        """Run the model: `[num_tokens]` each, all on the device."""
+        """Run the model: `[num_tokens]` each, all on the device; `metadata` by layer."""
         # vLLM's `set_forward_context` does this, and what is for batches of several ranks.
         context = create_forward_context(
-            dict.fromkeys(self._layer_names, metadata),
+            metadata,
             self._config,
-            slot_mapping=dict.fromkeys(self._layer_names, slot_mapping),
+            slot_mapping=dict.fromkeys(metadata, slot_mapping),
             additional_kwargs=self._for_layers,
             skip_compiled=self.eager,
         )

@@ -35,11 +35,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+SINKS: dict[str, Any] = {  # which direct attention leaves to vLLM's layers
+    "gpt_oss": {
+        "settings": {"sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    }  # of every other layer
+}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("attention")
     make_model(root / "target", max_position_embeddings=CONTEXT)
-    for name, model in FAMILIES.items():
+    for name, model in (FAMILIES | SINKS).items():
         make_network(root / name, architecture=name, max_position_embeddings=CONTEXT, **model)
     with process_group(root):
         yield root
@@ -75,6 +82,23 @@ def test_every_bit_is_that_of_vllms_own_layers(root: Path, name: str) -> None:
     with patch("server.worker.model.make_direct", lambda _: False), loaded(root, name) as model:
         assert all(type(layer) is Attention for layer in model._layers.values())
         assert all(map(torch.equal, direct, scores(model)))
+
+
+@pytest.mark.parametrize("lengths", [(20, 70), (70, 20), (20, 40, 70), (70,)])
+@pytest.mark.parametrize("name", FAMILIES | SINKS)
+def test_rows_decode_by_what_is_in_their_windows(
+    root: Path, name: str, lengths: tuple[int, ...]
+) -> None:
+    """What vLLM plans for a batch goes wrong at some lengths, if layers differ in their windows."""
+    rng = np.random.default_rng(0)
+    rows = {slot: rng.integers(10, 480, length).tolist() for slot, length in enumerate(lengths)}
+    with loaded(root, name) as model:
+        model.score(rows_of(rows))
+        for token in (30, 31):
+            rows = {slot: [*row, token] for slot, row in rows.items()}
+            found = model.score(rows_of(rows))
+    expected = torch.stack([plain_logits(root / name, row)[-1] for row in rows.values()])
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
