@@ -145,7 +145,7 @@ def steps(checkpoints: Checkpoints, name: str = AS_IS) -> Iterator[Steps]:
     without = {
         IN_TARGETS_DTYPE: patch("server.worker.configuration.network_dtype", lambda to, _: to),
         VLLMS_ATTENTION: patch("server.worker.model.make_direct", lambda _: False),
-        LOOKED_UP: patch("server.worker.model.bind", lambda *_: None),
+        LOOKED_UP: patch("server.worker.trial.bind", lambda *_: None),
     }
     with (
         without.get(name, contextlib.nullcontext()),

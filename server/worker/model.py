@@ -6,26 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch._inductor.exc import InductorError
-from vllm.config import (
-    CompilationMode,
-    VllmConfig,
-    get_layers_from_vllm_config,
-    set_current_vllm_config,
-)
-from vllm.logger import init_logger
+from vllm.config import CompilationMode, VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 
 from server.worker.attention import make_direct
 from server.worker.blocks import BlockPool, BlockTable, KVShape, TokensOf
-from server.worker.bound import Run, bind
-from server.worker.compilation import (
-    CompiledForwards,
-    compiled_module,
-    whatever_folder,
-    without_python,
-)
+from server.worker.compilation import CompiledForwards
 from server.worker.configuration import kv_spec, model_config
 from server.worker.forward import Forward
 from server.worker.loading import (
@@ -35,9 +22,8 @@ from server.worker.loading import (
     release_weights,
     weights_bytes,
 )
+from server.worker.trial import Trial
 from value_models.store import ModelFolder
-
-logger = init_logger(__name__)
 
 
 class Rows(NamedTuple):
@@ -168,9 +154,7 @@ class NetworkModel:
         )
 
     def warm_up(self, forwards: CompiledForwards) -> Pieces:
-        """Try the model, as it will run: what cannot must be known before requests come.
-
-        The tokens go into vLLM's null block, which nobody reads.
+        """Try the model as it will run: what cannot must be known before requests come.
 
         Args:
             forwards: as given to `build`.
@@ -179,78 +163,19 @@ class NetworkModel:
             RuntimeError: vLLM's kernels cannot run the model's shape.
         """
         yield  # all workers have come so far: what follows may wait for the others
-        eager = self._try(eager=True)
-        yield
-        if self.config.compilation_config.mode != CompilationMode.NONE:
-            forwards.adopt(self._model, self.config)
-            compiled = self._try_compiled()
-            # Rounding differs by a few per mille; another network's weights would by about 100 %.
-            self._forward.eager = not _alike(compiled, eager)
-            if self._forward.eager:
-                logger.warning("%s: its compiled forward is off, running eagerly", self.path)
-            else:
-                forwards.keep(self._model, self.config)
-                self._bind_weights(eager)
-            yield
-        try:
-            yield from self._forward.capture(forwards.graphs)
-        except RuntimeError:  # of CUDA: a model that runs without graphs is not to be refused
-            logger.warning("%s: runs without CUDA graphs", self.path, exc_info=True)
-            return
-        if self._forward.has_graphs and not _alike(self._try(eager=False), eager):
-            logger.warning("%s: its CUDA graphs are off, running without them", self.path)
-            self._forward.forget_graphs()
+        yield from self.trial().run(forwards, without_names=self._is_direct)
 
-    def _bind_weights(self, eager: torch.Tensor) -> None:
-        """Have the compiled forward look up the weights once, if that is all it looks up.
-
-        Args:
-            eager: logits as `_try` returns them.
-        """
-        module, forward, most = compiled_module(self._model), self._forward, len(eager)
-        compiled = None if module is None else module.aot_compiled_fn
-        if compiled is None or most < 3:  # a size of 1 might be taken for a constant
-            return
-
-        def try_with(run: Run) -> None:
-            forward.bound = run
-            for num_rows in (most, most - 1):
-                self._try(eager=False, most=num_rows)
-
-        forward.bound = bind(compiled, forward.run_model, try_with)
-        if not _alike(self._try(eager=False), eager):
-            logger.warning("%s: its weights are looked up in each step", self.path)
-            forward.bound = None
-
-    def _try(self, eager: bool, most: int = 8) -> torch.Tensor:
-        """Return float32 logits of a decoding step of a few rows, compiled and captured or not.
-
-        Args:
-            most: so many rows, where the worker has them.
-        """
-        # Two rows at least: torch.compile would take a size of 1 for a constant.
-        num_rows = min(most, self._max_rows)
-        slots = np.zeros(num_rows, dtype=np.int64)
-        # Each writes a place of its own: of several in one place, threads decide which one stays.
-        lengths = np.arange(num_rows, dtype=np.int32) + 1
-        tokens = torch.arange(num_rows, device=self._device, dtype=torch.int32) % self.vocab_size
-        self._forward.eager = eager
-        with torch.inference_mode(), set_current_vllm_config(self.config, check_compile=False):
-            self._forward.lay_out(slots, lengths)
-            logits = self._model.compute_logits(self._decode(slots, lengths, tokens)).float()
-        self.table.release(0)
-        return logits
-
-    def _try_compiled(self) -> torch.Tensor:
-        """Return the same of the compiled forward, which is loaded or compiled if it has to be."""
-        with whatever_folder(self.config):
-            if self._is_direct:
-                try:
-                    with without_python():
-                        return self._try(eager=False)
-                except InductorError:
-                    logger.info("%s: its kernels are called from Python", self.path, exc_info=True)
-            return self._try(eager=False)
+    def trial(self) -> Trial:
+        """Return what tries the model, which is bound and has no rows."""
+        return Trial(
+            self.path,
+            self._model,
+            self._forward,
+            self.table,
+            self.config,
+            self.vocab_size,
+            self._device,
+        )
 
     def free(self) -> None:
         """Give back weights and KV blocks. The model must not be used any more."""
@@ -489,7 +414,3 @@ class NetworkModel:
         self.table.revision += 1
         self.num_tokens += len(positions)
         return hidden
-
-
-def _alike(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return bool((first - second).norm() <= 0.05 * second.norm())

@@ -141,8 +141,6 @@ class ValueNetwork:
             model.bind(pools[model.kv_shape], self.max_context, f"{self}/{role}#{load_id}")
         for model in self.models.values():
             yield from model.warm_up(forwards)
-        for model in self.models.values():
-            model.num_tokens = 0
 
     def free(self) -> None:
         """Give back weights and KV blocks. The network must not be used any more."""

@@ -58,7 +58,7 @@ def test_each_network_answers_with_its_own_weights_to_the_last_bit(root: Path) -
     with loaded(root) as bound:
         assert [type(model._forward.bound) for model in bound] == [BoundForward] * 2
         found = [answers(model) for model in (*bound, *bound)]
-    with patch("server.worker.model.bind", lambda *_: None), loaded(root) as looking:
+    with patch("server.worker.trial.bind", lambda *_: None), loaded(root) as looking:
         assert [model._forward.bound for model in looking] == [None, None]
         expected = [answers(model) for model in looking]
     for one, other in zip(found, (*expected, *expected), strict=True):
@@ -76,7 +76,7 @@ def test_a_forward_that_comes_to_something_else_is_not_used(
         bound._arguments = [-a if isinstance(a, torch.nn.Parameter) else a for a in kept]
         return bound
 
-    monkeypatch.setattr("server.worker.model.bind", wrong)
+    monkeypatch.setattr("server.worker.trial.bind", wrong)
     with loaded(root) as networks:
         assert [model._forward.bound for model in networks] == [None, None]
 

@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 
 from server.worker.compilation import CompiledForwards, whatever_folder
 from server.worker.configuration import model_config
-from server.worker.model import NetworkModel
+from server.worker.trial import Trial
 from tests.models import make_model, make_network
 from tests.server.worker.alone import (
     engine_config,
@@ -79,15 +79,15 @@ def test_kernels_are_called_from_python_only_where_they_must(
     if layers != "direct":
         monkeypatch.setattr("server.worker.model.make_direct", lambda _: layers == "taken")
     tries: list[bool] = []
-    run = NetworkModel._try
+    run = Trial.logits
 
-    def counted(model: NetworkModel, eager: bool) -> torch.Tensor:
+    def counted(trial: Trial, eager: bool) -> torch.Tensor:
         if not eager:
             tries.append(inductor.cpp_wrapper)
-        return run(model, eager)
+        return run(trial, eager)
 
-    monkeypatch.setattr(NetworkModel, "_try", counted)
-    monkeypatch.setattr(NetworkModel, "_bind_weights", lambda *_: None)  # which tries, too
+    monkeypatch.setattr(Trial, "logits", counted)
+    monkeypatch.setattr("server.worker.trial.bind", lambda *_: None)  # which has it try again
     config = engine_config(root / "target", enforce_eager=False)
     rows = {0: [20, 21, 22], 1: [30, 31]}
     with (

@@ -182,7 +182,7 @@ def test_a_trial_run_comes_to_the_same_whatever_threads_do(model: NetworkModel) 
     try:
         torch.set_num_threads(2)
         assert torch.get_num_threads() == 2  # workers of vLLM's forbid to set it
-        first, *others = (model._try(eager=True) for _ in range(20))
+        first, *others = (model.trial().logits(eager=True) for _ in range(20))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(first, other) for other in others)
