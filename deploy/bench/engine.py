@@ -233,13 +233,13 @@ def _run(
         settle_cores()
     served = _Served(target, networks, log.with_suffix(""), value_memory_gb, options)
     pipe.send(served.description)
-    while True:
-        try:
-            method, arguments = pipe.recv()
-        except EOFError:
-            served.shut_down()
-            return
-        pipe.send(getattr(served, method)(*arguments))
+    try:
+        with contextlib.suppress(EOFError):
+            while True:
+                method, arguments = pipe.recv()
+                pipe.send(getattr(served, method)(*arguments))
+    finally:  # also where a call throws: this process would wait for vLLM's
+        served.shut_down()
 
 
 class _Served:

@@ -150,3 +150,19 @@ def how_it_runs(_worker: Any) -> tuple[str, int, str | None]:
     """Return how the worker waits, on how many cores it computes, and how long its threads spin."""
     spins = os.environ.get("GOMP_SPINCOUNT")
     return shm_broadcast.sched_yield.__name__, torch.get_num_threads(), spins
+
+
+def test_one_whose_call_throws_ends_with_its_log(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """It waited for good once, and everybody for it."""
+    with (
+        pytest.raises(SystemExit, match="KeyError: 'nobody'"),
+        Engine(
+            checkpoints.target,
+            checkpoints.networks,
+            tmp_path / "trimtab.log",
+            enforce_eager=True,
+            max_num_seqs=8,
+            **checkpoints.engine_options,
+        ) as started,
+    ):
+        started.run([Request(SHORT[0], 2, ("nobody",))])
