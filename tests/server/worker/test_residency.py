@@ -417,5 +417,8 @@ def test_a_load_is_not_ready_before_it_was_tried(engine: GuidedEngine, root: Pat
 
 
 def tokens_run(worker: Any, name: str) -> int:
-    """Tokens that a network has run before it is ready."""
-    return worker._processor().steering.residency._loads[name].network.num_tokens
+    """Tokens of the longest row that a network has run before it is ready."""
+    (model,) = worker._processor().steering.residency._loads[name].network.models.values()
+    rows = model._forward._decode_rows if hasattr(model, "_forward") else None
+    # They are tried as rows of one token, two, ..., and have one more each once they have run.
+    return 0 if rows is None else int(rows.longest) * (rows.longest > len(rows.slots))
