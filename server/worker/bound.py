@@ -1,18 +1,20 @@
 """A compiled model that has looked up its weights once.
 
 What torch.compile makes of a forward is bytecode, which gets each weight from the module, attribute
-after attribute, and a graph, which takes them all. The weights of a network stay the same tensors
-for as long as it lives, so neither the bytecode nor the modules around it need run in each step:
-here, the graph is called with what the bytecode has called it with before.
+after attribute; what prepares these for autograd; and compiled code, which takes them all. The
+weights of a network stay the same tensors for as long as it lives, and it is never trained here, so
+only the code need run in each step: it is called with what it has been called with before.
 `python -m deploy.bench choices` says what that spares.
 
-Reads torch 2.13's `torch._dynamo.aot_compile.AOTCompiledFunction`.
+Reads torch 2.13's `torch._inductor.output_code.CompiledFxGraph`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch._inductor.output_code import CompiledFxGraph
 
 Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Returns hidden states `[num_tokens, hidden_size]` of tokens and their positions, `[num_tokens]`
@@ -20,11 +22,12 @@ each."""
 
 
 class _Call(NamedTuple):
-    """One call of a model."""
+    """One call of a model, and of the compiled code that it led to."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    arguments: tuple[Any, ...]  # of the graph, which the bytecode has made of them
+    graph: CompiledFxGraph
+    arguments: tuple[Any, ...]  # of the graph
     returns_first: bool  # whether the model returns the first thing that the graph does
 
 
@@ -33,7 +36,7 @@ class BoundForward:
 
     def __init__(
         self,
-        graph: Callable[..., Any],
+        graph: CompiledFxGraph,
         arguments: Sequence[Any],
         of_tokens: Sequence[int],
         of_positions: Sequence[int],
@@ -46,63 +49,81 @@ class BoundForward:
             of_tokens, of_positions: which of them are these, in each call anew.
             sizes: which of them are the number of tokens.
         """
-        self._graph, self._arguments = graph, arguments
+        self._graph, self._arguments = graph, list(arguments)
         self._of_tokens, self._of_positions, self._sizes = of_tokens, of_positions, sizes
+        self._num_tokens: int | None = None
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        arguments, num_tokens = [*self._arguments], len(tokens)
+        if tokens.shape[0] != self._num_tokens:
+            self._resize(tokens.shape[0])
+        arguments = [*self._arguments]  # the graph empties it
         for place in self._of_tokens:
             arguments[place] = tokens
         for place in self._of_positions:
             arguments[place] = positions
-        for place in self._sizes:
-            arguments[place] = num_tokens
-        hidden: torch.Tensor = self._graph(*arguments)[0]
+        hidden: torch.Tensor = self._graph.current_callable(arguments)[0]
         return hidden
 
+    def _resize(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+        # Called from C++, kernels take tensors only: of numbers, they would be made in each call.
+        size = torch.tensor(num_tokens) if self._graph.fx_kwargs.get("cpp_wrapper") else num_tokens
+        for place in self._sizes:
+            self._arguments[place] = size
 
-def bind(compiled: Any, run: Run, try_with: Callable[[Run], None]) -> BoundForward | None:
+
+def bind(run: Run, try_with: Callable[[Run], None]) -> BoundForward | None:
     """Bind a compiled model to its weights.
 
     Args:
-        compiled: what torch has compiled of it, ahead of time.
         run: runs the model.
         try_with: calls what it is given twice, with different numbers of tokens.
 
     Returns:
         None: more is done in a call than to look up weights.
     """
-    scope, name = compiled.fn.__globals__, compiled._artifacts.backend_id
-    graph = scope[name]
-    inner: list[tuple[tuple[Any, ...], Any]] = []
-    outer: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    calls: list[_Call | None] = []
 
-    def note_graph(*arguments: Any) -> Any:
-        returned = graph(*arguments)
-        inner.append((arguments, returned))
-        return returned
-
-    def note_run(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden = run(tokens, positions)
-        outer.append((tokens, positions, hidden))
+    def note(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with _graphs_called() as called:
+            hidden = run(tokens, positions)
+        if len(called) == 1:
+            graph, arguments, returned = called[0]
+            calls.append(_Call(tokens, positions, graph, arguments, hidden is returned[0]))
+        else:
+            calls.append(None)
         return hidden
 
-    scope[name] = note_graph
+    try_with(note)
+    first, second = calls
+    return None if first is None or second is None else _bound(first, second)
+
+
+@contextmanager
+def _graphs_called() -> Iterator[list[tuple[CompiledFxGraph, tuple[Any, ...], Sequence[Any]]]]:
+    """Take note of all compiled code that is called: each with its arguments, and what it returns.
+
+    Nothing else of the worker's may run meanwhile.
+    """
+    call = CompiledFxGraph.__call__
+    called = []
+
+    def note(graph: CompiledFxGraph, inputs: list[Any]) -> Any:
+        arguments = tuple(inputs)
+        returned = call(graph, inputs)
+        called.append((graph, arguments, returned))
+        return returned
+
+    CompiledFxGraph.__call__ = note
     try:
-        try_with(note_run)
+        yield called
     finally:
-        scope[name] = graph
-    if not len(inner) == len(outer) == 2:
-        return None
-    first, second = (
-        _Call(tokens, positions, arguments, hidden is returned[0])
-        for (tokens, positions, hidden), (arguments, returned) in zip(outer, inner, strict=True)
-    )
-    return _bound(graph, first, second)
+        CompiledFxGraph.__call__ = call
 
 
-def _bound(graph: Callable[..., Any], first: _Call, second: _Call) -> BoundForward | None:
-    if not (first.returns_first and second.returns_first):
+def _bound(first: _Call, second: _Call) -> BoundForward | None:
+    same_graph = first.graph is second.graph
+    if not (same_graph and first.returns_first and second.returns_first):
         return None
     kept = list(first.arguments)
     of_tokens, of_positions, sizes = [], [], []
@@ -120,4 +141,4 @@ def _bound(graph: Callable[..., Any], first: _Call, second: _Call) -> BoundForwa
         kept[place] = None
     if not of_tokens:  # who knows what they are made into
         return None
-    return BoundForward(graph, kept, of_tokens, of_positions, sizes)
+    return BoundForward(first.graph, kept, of_tokens, of_positions, sizes)

@@ -120,9 +120,8 @@ class Trial:
 
     def _bind_weights(self, eager: torch.Tensor) -> Pieces:
         """Have the compiled forward look up the weights once, if that is all it looks up."""
-        forward, module = self._forward, compiled_module(self._model)
-        compiled = None if module is None else module.aot_compiled_fn
-        if compiled is None or self._table.max_rows < max(BOUND_ROWS):
+        forward = self._forward
+        if compiled_module(self._model) is None or self._table.max_rows < max(BOUND_ROWS):
             return
 
         def try_with(run: Run) -> None:
@@ -130,7 +129,7 @@ class Trial:
             for num_rows in BOUND_ROWS:
                 self.logits(eager=False, num_rows=num_rows)
 
-        forward.bound = bind(compiled, forward.run_model, try_with)
+        forward.bound = bind(forward.run_model, try_with)
         yield
         if forward.bound is not None and not _alike(self.logits(eager=False), eager):
             logger.warning("%s: its weights are looked up in each step", self._name)

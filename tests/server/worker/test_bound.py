@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -87,40 +86,70 @@ def test_nothing_is_bound_to_the_weights_of_a_network_that_is_freed(root: Path) 
     assert [model._forward.bound for model in networks] == [None, None]
 
 
-class Compiled:
-    """What torch makes of a forward, as far as it is read: bytecode, which calls a graph."""
+class Graph:
+    """What torch compiles, as far as it is read."""
 
-    def __init__(self, code: str) -> None:
-        weight = torch.tensor(3.0)
-        scope: dict[str, Any] = {"graph": self.graph, "weight": weight, "torch": torch}
-        exec(f"def forward(tokens, positions): {code}", scope)
-        self.fn: Run = scope["forward"]
-        self._artifacts = SimpleNamespace(backend_id="graph")
+    def __init__(self, from_cpp: bool = False) -> None:
+        self.fx_kwargs = {"cpp_wrapper": from_cpp}
+        self.sizes: list[object] = []
 
-    @staticmethod
-    def graph(size: int, tokens: torch.Tensor, weight: torch.Tensor, other: Any) -> Any:
-        return (tokens * weight + size, other)
+    def __call__(self, arguments: list[Any]) -> Any:
+        return self.current_callable(arguments)
+
+    def current_callable(self, arguments: list[Any]) -> Any:
+        size, tokens, weight, other = arguments
+        arguments.clear()
+        self.sizes.append(size)
+        return [tokens * weight + size, other]
 
 
-def bound_to(code: str) -> tuple[Compiled, BoundForward | None]:
-    compiled = Compiled(code)
+def bound_to(code: str, from_cpp: bool = False) -> tuple[Run, Graph, BoundForward | None]:
+    """Bind what stands in for bytecode, which calls a graph."""
+    weight, inner = torch.tensor(3.0), Graph(from_cpp)
+
+    def graph(*arguments: Any) -> Any:
+        return inner(list(arguments))
+
+    def another(*arguments: Any) -> Any:
+        return Graph()(list(arguments))
+
+    scope = {"graph": graph, "another": another, "weight": weight, "torch": torch}
+    exec(f"def forward(tokens, positions): {code}", scope)
+    forward: Run = scope["forward"]
 
     def try_with(run: Run) -> None:
         for number in (5, 4):
             run(torch.rand(number), torch.rand(number))
 
-    bound = bind(compiled, compiled.fn, try_with)
-    assert compiled.fn.__globals__["graph"] is compiled.graph
-    return compiled, bound
+    call = Graph.__call__
+    with patch("server.worker.bound.CompiledFxGraph", Graph):
+        bound = bind(forward, try_with)
+    assert Graph.__call__ is call
+    return forward, inner, bound
 
 
-@pytest.mark.parametrize("other", ["positions", "2", "weight", "None"])
-def test_tokens_positions_and_how_many_they_are_are_new_in_each_call(other: str) -> None:
-    compiled, bound = bound_to(f"return graph(len(tokens), tokens, weight, {other})[0]")
+@pytest.mark.parametrize("from_cpp", [False, True])
+@pytest.mark.parametrize("other", ["positions", "2", "weight", "None", "len(positions)"])
+def test_tokens_positions_and_how_many_they_are_are_new_in_each_call(
+    other: str, from_cpp: bool
+) -> None:
+    forward, _, bound = bound_to(f"return graph(len(tokens), tokens, weight, {other})[0]", from_cpp)
     assert bound is not None
-    for number in (4, 1, 9):
+    for number in (4, 1, 9, 9):
         given = torch.rand(number), torch.rand(number)
-        assert torch.equal(bound(*given), compiled.fn(*given))
+        assert torch.equal(bound(*given), forward(*given))
+
+
+def test_code_that_is_called_from_cpp_gets_numbers_as_tensors() -> None:
+    for from_cpp in (False, True):
+        _, graph, bound = bound_to("return graph(len(tokens), tokens, weight, 0)[0]", from_cpp)
+        assert bound is not None
+        for number in (4, 4, 9):
+            graph.sizes.clear()
+            bound(torch.rand(number), torch.rand(number))
+            (size,) = graph.sizes
+            assert size == number
+            assert isinstance(size, torch.Tensor) == from_cpp
 
 
 @pytest.mark.parametrize(
@@ -133,9 +162,10 @@ def test_tokens_positions_and_how_many_they_are_are_new_in_each_call(other: str)
         "return graph(len(tokens), tokens, weight, 0)[0] * 1",
         "return graph(len(tokens), tokens, weight, weight)[1]",
         "graph(1, tokens, weight, 0); return graph(len(tokens), tokens, weight, 0)[0]",
+        "return another(len(tokens), tokens, weight, 0)[0]",
         "return graph(len(tokens), weight.copy_(tokens[0]), weight, 0)[0]",
         "return tokens",
     ],
 )
 def test_code_that_does_more_than_to_look_up_runs_in_each_call(code: str) -> None:
-    assert bound_to(code)[1] is None
+    assert bound_to(code)[2] is None
