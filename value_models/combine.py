@@ -27,7 +27,7 @@ def add_value_logits(
     Args:
         logits: float32 `[num_rows, vocab_size]`; `-inf` marks excluded tokens.
         value: finite `[num_guided, network_vocab_size]`, any float dtype.
-        scale: `[num_guided, 1]` or one number.
+        scale: float32 `[num_guided, 1]` or one number.
         rows: int64 `[num_guided]`, the row of `logits` that each row of `value` steers;
             None: all rows, in order.
         columns: for a network of another vocabulary, the column of `value` that each id of the
@@ -40,9 +40,10 @@ def add_value_logits(
     covered = min(logits.shape[1], value.shape[1])
     if columns is None:
         # One pass, and one way of rounding: a row's logits do not depend on who else is guided.
-        factor = torch.as_tensor(scale, dtype=torch.float32, device=logits.device)
+        if not isinstance(scale, torch.Tensor):
+            scale = torch.tensor(scale, dtype=torch.float32, device=logits.device)
         guided = logits if rows is None else logits[rows]
-        guided[:, :covered].addcmul_(value[:, :covered], factor)
+        guided[:, :covered].addcmul_(value[:, :covered], scale)
         if covered < guided.shape[1]:
             guided[:, covered:] = EXCLUDED
         if rows is not None:

@@ -21,16 +21,14 @@ from server.worker.loading import Pieces
 class _DecodeRows:
     """Rows that decode together, laid out for as long as they and their blocks stay.
 
+    All their steps at once: numpy takes as long for one as for all.
+
     Attributes:
         slots: int64 `[num_rows]`.
         revision: of the block table.
-        row_starts: int32 `[num_rows + 1]` on the device.
+        row_starts: int32 `[num_rows + 1]` on the host, and on the device.
         block_ids: int32 `[num_rows, max_blocks]` on the device.
-        lengths: int32 `[num_rows]` on the host, of the rows with the tokens that come next.
-        longest: of these.
-        positions, places: int64 `[num_rows]` on the host, of these tokens in the rows and in the
-            pool.
-        steps_left: until a row comes to the end of its block.
+        longest: tokens of the longest row, with the one that comes next.
     """
 
     def __init__(
@@ -38,7 +36,7 @@ class _DecodeRows:
         table: BlockTable,
         slots: np.ndarray,
         lengths: np.ndarray,
-        row_starts: torch.Tensor,
+        row_starts: tuple[torch.Tensor, torch.Tensor],
         block_ids: torch.Tensor,
     ) -> None:
         positions = lengths - 1
@@ -47,23 +45,34 @@ class _DecodeRows:
         self.row_starts = row_starts
         self.block_ids = block_ids
         self.longest = int(lengths.max())
-        self.steps_left = BLOCK_SIZE - int((positions % BLOCK_SIZE).max())
-        self._lengths = lengths.copy()
-        self._each = np.stack((positions, table.places(slots, positions)), dtype=np.int64)
-        # Views, which need not be made in each step.
-        self.lengths = torch.from_numpy(self._lengths)
-        self.positions, self.places = torch.from_numpy(self._each)
+        # Until a row comes to the end of its block; the last of them first, to be taken off.
+        num_steps = BLOCK_SIZE - int((positions % BLOCK_SIZE).max())
+        later = np.arange(num_steps, dtype=np.int32)[::-1, None]
+        each = later[:, None] + np.stack((positions, table.places(slots, positions)))
+        all_lengths = later + lengths
+        # Each tensor with a storage of its own: an offset into another would be compiled in.
+        self._steps = [
+            (torch.from_numpy(position), torch.from_numpy(place), torch.from_numpy(length))
+            for (position, place), length in zip(each, all_lengths, strict=True)
+        ]
+        self._expected = [step.tobytes() for step in all_lengths]
+
+    @property
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the tokens that come next, all on the host: their positions in the rows and their
+        places in the pool, int64 `[num_rows]`, and the lengths of the rows with them, int32
+        `[num_rows]`."""
+        return self._steps[-1]
 
     def are(self, lengths: np.ndarray) -> bool:
-        """Whether these are the rows' lengths: int32 `[num_rows]`."""
-        return bool((self._lengths == lengths).all())
+        """Whether these are the rows' lengths, int32 `[num_rows]`, in a step that is laid out."""
+        return bool(self._expected) and self._expected[-1] == lengths.tobytes()
 
     def step(self) -> None:
         """Move on by a token each."""
-        self._lengths += 1
-        self._each += 1
         self.longest += 1
-        self.steps_left -= 1
+        self._steps.pop()
+        self._expected.pop()
 
 
 class LayersMetadata:
@@ -126,12 +135,16 @@ class Forward:
         self.eager = False
         self.bound: Run | None = None
         self._model = model
-        self._for_layers = {LAYERS: list(layers.values())}
         self._config = config
         self._table = table
         self._device = device
+        self._is_on_host = device.type == "cpu"
         with set_current_vllm_config(config, check_compile=False):
             self._metadata = LayersMetadata(layers, kv_layer, config, device)
+        # What vLLM's `set_forward_context` makes in each step, but for batches of several ranks.
+        self._context = create_forward_context(
+            {}, config, additional_kwargs={LAYERS: list(layers.values())}
+        )
         self._row_starts = torch.arange(table.max_rows + 1, dtype=torch.int32)
         self._decode_rows: _DecodeRows | None = None
         self._graphs: DecodeGraphs | None = None
@@ -148,13 +161,13 @@ class Forward:
             rows is not None
             and rows.slots is slots
             and rows.revision == self._table.revision
-            and rows.steps_left > 0
             and rows.are(lengths)
         )
 
     def lay_out(self, slots: np.ndarray, lengths: np.ndarray) -> None:
         """Get ready to decode rows that do not go on, see `goes_on`: they have their blocks."""
-        row_starts = self._row_starts[: len(slots) + 1].to(self._device)
+        on_host = self._row_starts[: len(slots) + 1]
+        row_starts = on_host, on_host.to(self._device)
         blocks = self._to_device(self._table.block_ids[slots])
         self._decode_rows = _DecodeRows(self._table, slots, lengths, row_starts, blocks)
 
@@ -168,14 +181,8 @@ class Forward:
             Hidden states `[num_rows, hidden_size]`, valid until the next forward.
         """
         rows = self._decode_rows
-        inputs = DecodeInputs(
-            tokens,
-            self._to_device(rows.positions),
-            self._to_device(rows.places),
-            self._to_device(rows.lengths),
-            rows.row_starts,
-            rows.block_ids,
-        )
+        placed = map(self._to_device, rows.tokens)
+        inputs = DecodeInputs(tokens, *placed, rows.row_starts[1], rows.block_ids)
         graphs = None if self.eager else self._graphs
         size = None if graphs is None else graphs.size_for(len(tokens))
         if graphs is None or size is None:
@@ -258,17 +265,22 @@ class Forward:
         Args:
             rows: those of `inputs`; None: for a graph, which holds for all lengths.
         """
-        num_rows = len(inputs.tokens)
+        num_rows = inputs.tokens.shape[0]
+        if rows is None:
+            row_starts, lengths = self._row_starts[: num_rows + 1], None
+            longest = self._table.max_tokens
+        else:
+            row_starts, lengths, longest = rows.row_starts[0], rows.tokens[-1], rows.longest
         return self._metadata.build(
             CommonAttentionMetadata(
                 query_start_loc=inputs.row_starts,
-                query_start_loc_cpu=self._row_starts[: num_rows + 1],
+                query_start_loc_cpu=row_starts,
                 seq_lens=inputs.lengths,
-                seq_lens_cpu_upper_bound=None if rows is None else rows.lengths,
+                seq_lens_cpu_upper_bound=lengths,
                 num_reqs=num_rows,
                 num_actual_tokens=num_rows,
                 max_query_len=1,
-                max_seq_len=self._table.max_tokens if rows is None else rows.longest,
+                max_seq_len=longest,
                 block_table_tensor=inputs.block_ids,
                 slot_mapping=inputs.slot_mapping,
             ),
@@ -286,14 +298,11 @@ class Forward:
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
         """Run the model: `[num_tokens]` each, all on the device; `metadata` by layer."""
-        # vLLM's `set_forward_context` does this, and what is for batches of several ranks.
-        context = create_forward_context(
-            metadata,
-            self._config,
-            slot_mapping=dict.fromkeys(metadata, slot_mapping),
-            additional_kwargs=self._for_layers,
-            skip_compiled=self.eager,
-        )
+        context = self._context
+        context.attn_metadata = metadata
+        context.slot_mapping = dict.fromkeys(metadata, slot_mapping)
+        context.skip_compiled = self.eager
+        context.moe_layer_index = 0
         run = self.run_model if self.eager or self.bound is None else self.bound
         with override_forward_context(context):
             return run(tokens, positions)
@@ -304,6 +313,6 @@ class Forward:
         return hidden
 
     def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
-        if self._device.type != "cpu":
+        if not self._is_on_host:
             return async_tensor_h2d(array, self._device)  # through pinned memory: nothing waits
         return torch.from_numpy(array) if isinstance(array, np.ndarray) else array

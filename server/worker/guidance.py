@@ -6,7 +6,6 @@ adapters know how a runner announces rows and where it keeps tokens.
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +37,11 @@ class Batch(NamedTuple):
     history: torch.Tensor | None = None
     """Int32 `[max_rows, max_model_len]` on the device: the tokens of each row, by its slot, this
     step's input included; None: they are on the host only, see `GuidedRow.tokens`."""
+
+    @property
+    def all_sampled(self) -> bool:
+        """Whether all are sampled."""
+        return b"\0" not in self.sampled.tobytes()  # sooner known than by way of numpy
 
 
 class Guidance:
@@ -106,7 +110,7 @@ class Guidance:
         Returns:
             float32 `[num_rows, vocab_size]`; rows without guidance are exactly the target's.
         """
-        newest = cache(batch.last_tokens.tolist)  # waits for the device: once, and only if asked
+        newest = _OnHost(batch.last_tokens)
         self._soundness.begin_step()
         turned = self._follow_controls(batch, newest) if self._controlled else False
         if turned or self._revision != self.residency.revision:
@@ -266,7 +270,7 @@ class Guidance:
         prompt would keep everyone waiting at its end.
         """
         translated = assignment.network.translator is not None
-        if batch.sampled.all() and not translated:
+        if batch.all_sampled and not translated:
             return assignment, None
         ready = sampled = batch.sampled[assignment.rows]
         if translated:
@@ -313,6 +317,19 @@ class Guidance:
         return Rows(
             assignment.slots, lengths, last_tokens, assignment.histories, lengths, batch.history
         )
+
+
+class _OnHost:
+    """Tokens of the device on the host. Waits for the device: once, and only if asked."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._tokens = tokens
+        self._listed: list[int] | None = None
+
+    def __call__(self) -> list[int]:
+        if self._listed is None:
+            self._listed = self._tokens.tolist()
+        return self._listed
 
 
 def _places(rows: Sequence[int]) -> dict[int, int]:
