@@ -34,9 +34,10 @@ SLOW_BLOCKS = "a row that fills a block sends its batch down the path of rows th
 LAID_OUT = "rows are laid out anew in each step"
 VLLMS_ATTENTION = "attention is vLLM's layer, and kernels are called from Python"
 LOOKED_UP = "weights are looked up in each step"
+ASKED = "the LM head is asked in each step what it is"
 TWO_PASSES = "value logits are scaled into a tensor of their own, then added"
 UNCOMPILED = "networks run uncompiled"
-LOADED = (AS_IS, IN_TARGETS_DTYPE, VLLMS_ATTENTION, LOOKED_UP)
+LOADED = (AS_IS, IN_TARGETS_DTYPE, VLLMS_ATTENTION, LOOKED_UP, ASKED)
 """What a network has to be loaded for in its own way."""
 NAMES = (*LOADED, SLOW_BLOCKS, LAID_OUT, TWO_PASSES, UNCOMPILED)
 BETWEEN = 1 << 28
@@ -146,6 +147,7 @@ def steps(checkpoints: Checkpoints, name: str = AS_IS) -> Iterator[Steps]:
         IN_TARGETS_DTYPE: patch("server.worker.configuration.network_dtype", lambda to, _: to),
         VLLMS_ATTENTION: patch("server.worker.model.make_direct", lambda _: False),
         LOOKED_UP: patch("server.worker.trial.bind", lambda *_: None),
+        ASKED: patch("server.worker.trial.direct_head", lambda *_: None),
     }
     with (
         without.get(name, contextlib.nullcontext()),

@@ -128,7 +128,7 @@ def start(worker: Any) -> None:
                 (model._forward._metadata, "build", METADATA),
                 (model._forward, "_run", LAUNCH),
                 (model._forward, "run_model", FORWARD),
-                (model._model, "compute_logits", HEAD),
+                (model._forward, "head", HEAD),
             ]
             if model._forward.bound is not None:
                 parts.append((model._forward, "bound", FORWARD))

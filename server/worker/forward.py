@@ -15,6 +15,7 @@ from server.worker.attention import LAYERS
 from server.worker.blocks import BLOCK_SIZE, BlockTable
 from server.worker.bound import Run
 from server.worker.graphs import DecodeGraphs, DecodeInputs, GraphMemory, graph_sizes
+from server.worker.head import Head
 from server.worker.loading import Pieces
 
 
@@ -112,6 +113,7 @@ class Forward:
     Attributes:
         eager: run the model uncompiled, and without CUDA graphs.
         bound: runs the compiled model, with its weights looked up; None: the model does by itself.
+        head: returns the logits of hidden states, as the model does or faster.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class Forward:
         """
         self.eager = False
         self.bound: Run | None = None
+        self.head: Head = model.compute_logits
         self._model = model
         self._config = config
         self._table = table
@@ -258,6 +261,12 @@ class Forward:
     def forget_graphs(self) -> None:
         """Free the graphs that were captured."""
         self._graphs = None
+
+    def let_go(self) -> None:
+        """Hold none of the model's weights and graphs. It cannot be run any more."""
+        self.forget_graphs()
+        self.bound = None
+        self.head = self._model.compute_logits
 
     def _describe_decode(self, inputs: DecodeInputs, rows: _DecodeRows | None) -> dict[str, Any]:
         """Return vLLM's metadata of a decoding step, by layer.

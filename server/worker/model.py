@@ -181,8 +181,7 @@ class NetworkModel:
         """Give back weights and KV blocks. The model must not be used any more."""
         if self.pool is not None:
             self.pool.remove_table(self.table)
-            self._forward.forget_graphs()
-            self._forward.bound = None
+            self._forward.let_go()
         release_weights(self._model)
         self.config.compilation_config.static_forward_context.clear()
 
@@ -201,7 +200,7 @@ class NetworkModel:
         else:
             hidden = self._extend(rows)
         self.table.last_used[rows.slots] = self.pool.tick()
-        return self._model.compute_logits(hidden)
+        return self._forward.head(hidden)
 
     def read(self, rows: Rows) -> None:
         """Bring rows' histories into the KV cache, for steps to come.
@@ -248,7 +247,7 @@ class NetworkModel:
             assert fits, "the pool holds less than one context"
             hidden = self._run_span(slot, tokens, begin, end)
             if end > start:
-                logits.append(self._model.compute_logits(hidden[max(0, start - begin) :]))
+                logits.append(self._forward.head(hidden[max(0, start - begin) :]))
         return torch.cat(logits)
 
     def rewind(self, slot: int, length: int) -> None:

@@ -17,6 +17,7 @@ from server.worker.compilation import (
     without_python,
 )
 from server.worker.forward import Forward
+from server.worker.head import direct_head
 from server.worker.loading import Pieces
 
 logger = init_logger(__name__)
@@ -56,7 +57,7 @@ class Trial:
         self._config, self._vocab_size, self._device = config, vocab_size, device
 
     def run(self, forwards: CompiledForwards, without_names: bool) -> Pieces:
-        """Try it uncompiled, compiled, with its weights looked up, and with CUDA graphs.
+        """Try it uncompiled, its head by itself, compiled, bound to its weights, with CUDA graphs.
 
         Args:
             forwards: those compiled in the worker; this model's is added.
@@ -66,6 +67,8 @@ class Trial:
             RuntimeError: vLLM's kernels cannot run the model's shape.
         """
         eager = self.logits(eager=True)
+        yield
+        self._try_head()
         yield
         if self._config.compilation_config.mode != CompilationMode.NONE:
             forwards.adopt(self._model, self._config)
@@ -95,6 +98,10 @@ class Trial:
             eager: uncompiled, and without CUDA graphs.
             num_rows: fewer, where the worker has fewer.
         """
+        with torch.inference_mode():
+            return self._forward.head(self._hidden(eager, num_rows)).float()
+
+    def _hidden(self, eager: bool, num_rows: int = ROWS) -> torch.Tensor:
         num_rows = min(num_rows, self._table.max_rows)
         slots = np.zeros(num_rows, dtype=np.int64)
         # Each writes a place of its own: of several in one place, threads decide which one stays.
@@ -103,9 +110,16 @@ class Trial:
         self._forward.eager = eager
         with torch.inference_mode(), set_current_vllm_config(self._config, check_compile=False):
             self._forward.lay_out(slots, lengths)
-            logits = self._model.compute_logits(self._forward.decode(tokens)).float()
+            hidden = self._forward.decode(tokens)
         self._table.release(0)
-        return logits
+        return hidden
+
+    def _try_head(self) -> None:
+        """Have the LM head called directly, if it is nothing but a multiplication."""
+        with torch.inference_mode():
+            head = direct_head(self._model, self._hidden(eager=True))
+        if head is not None:
+            self._forward.head = head
 
     def _compiled_logits(self, without_names: bool) -> torch.Tensor:
         """Return those of the compiled forward, which is loaded or compiled if it has to be."""

@@ -78,7 +78,7 @@ def test_a_forward_that_throws_ends_only_its_own_requests(engine: GuidedEngine) 
         def forward(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError("out of luck")
 
-        network.models["value"]._model.compute_logits = forward
+        network.models["value"]._forward.head = forward
 
     sane = Ask([10, 11, 12], 20, "throws")
     engine.assert_exact([sane], engine.run([sane]))
