@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from value_models.attention import attend_as_configured
 from value_models.connection import CONNECTIONS
 from value_models.fusion import REFINEMENTS
 from value_models.store import Role, check_network, model_path
@@ -270,7 +271,8 @@ def load_guide(
 
     def load(role: Role) -> PreTrainedModel:
         path = model_path(folder, role)
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return attend_as_configured(model).eval()
 
     guide: NetworkGuide | PairGuide
     if manifest.kind == "contrast":

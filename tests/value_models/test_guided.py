@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.models import make_model
+from tests.models import make_model, make_network
 from value_models.combine import add_value_logits, keep_target_in_charge, map_value_logits
 from value_models.connection import CONNECTIONS
 from value_models.demo.evaluate import WEIGHTS
@@ -186,3 +186,18 @@ def test_a_folder_makes_the_guide_of_its_kind() -> None:
     scaled = load_guide(WEIGHTS / "networks" / "qa", scale=-0.5)
     assert isinstance(scaled, NetworkGuide)
     assert scaled.scale == -0.5
+
+
+@torch.inference_mode()
+def test_attention_that_is_capped_is_computed_capped(tmp_path: Path) -> None:
+    capped = {"attn_logit_softcapping": 0.01, "query_pre_attn_scalar": 32}
+    network = make_network(
+        tmp_path / "network", architecture="gemma2", tie_word_embeddings=True, settings=capped
+    )
+    model = AutoModelForCausalLM.from_pretrained(network, attn_implementation="eager").eval()
+    tokens = torch.tensor([PROMPTS[2]])
+    guide = load_guide(network)
+    assert isinstance(guide, NetworkGuide)
+    torch.testing.assert_close(guide.model(tokens).logits, model(tokens).logits)
+    model.set_attn_implementation("sdpa")
+    assert not torch.allclose(guide.model(tokens).logits, model(tokens).logits, atol=1e-3)

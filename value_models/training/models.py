@@ -14,6 +14,7 @@ from transformers import (
     set_seed,
 )
 
+from value_models.attention import attend_as_configured
 from value_models.checkpoint import Problem, find_checkpoint, read_checkpoint
 from value_models.connection import CONNECTIONS
 from value_models.manifest import tokenizer_fingerprint
@@ -70,7 +71,7 @@ def load_network(settings: Settings) -> PreTrainedModel:
     if settings.from_scratch:
         set_seed(settings.seed)
         shape = load_pretrained(AutoConfig, start)
-        network = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        network = attend_as_configured(AutoModelForCausalLM.from_config(shape, dtype=torch.float32))
     else:
         network = load_pretrained(
             AutoModelForCausalLM, start, dtype=torch.float32, use_safetensors=True
@@ -172,9 +173,10 @@ def _quantization(bits: str, dtype: torch.dtype) -> Any:
 def load_pretrained(factory: Any, model: str, **options: Any) -> Any:
     """`factory.from_pretrained`, with what goes wrong as a `TrainingError`, and no remote code."""
     try:
-        return factory.from_pretrained(model, trust_remote_code=False, **options)
+        loaded = factory.from_pretrained(model, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise TrainingError(f"{model}: cannot be loaded ({_one_line(error)})") from error
+    return attend_as_configured(loaded) if isinstance(loaded, PreTrainedModel) else loaded
 
 
 def _one_line(error: Exception) -> str:

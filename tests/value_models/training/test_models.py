@@ -79,3 +79,21 @@ def test_emulated_bfloat16_is_not_fast(monkeypatch, native):
         lambda including_emulation=True: native or including_emulation,
     )
     assert has_fast_bfloat16() == native
+
+
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_attention_that_is_capped_is_trained_capped(tmp_path, from_scratch):
+    """As it is served: torch's own attention, transformers' default, would leave out the cap."""
+    capped = {"attn_logit_softcapping": 0.01, "query_pre_attn_scalar": 32}
+    shape = {"architecture": "gemma2", "tie_word_embeddings": True, "settings": capped}
+    base = str(make_model(tmp_path / "base", **shape))
+    settings = Settings(
+        base=base, data=Path("none.jsonl"), out=tmp_path / "tab", from_scratch=from_scratch
+    )
+    tokens = torch.tensor([[5, 60, 7, 80, 9, 100]])
+    for model in (load_network(settings).eval(), load_base(settings, torch.float32, CPU)):
+        found = model(tokens).logits
+        model.set_attn_implementation("eager")
+        assert torch.equal(found, model(tokens).logits)
+        model.set_attn_implementation("sdpa")
+        assert not torch.allclose(found, model(tokens).logits, atol=1e-3)
