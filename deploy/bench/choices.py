@@ -35,9 +35,10 @@ LAID_OUT = "rows are laid out anew in each step"
 VLLMS_ATTENTION = "attention is vLLM's layer, and kernels are called from Python"
 LOOKED_UP = "weights are looked up in each step"
 ASKED = "the LM head is asked in each step what it is"
+ONEDNNS = "small weights are multiplied by oneDNN, too"
 TWO_PASSES = "value logits are scaled into a tensor of their own, then added"
 UNCOMPILED = "networks run uncompiled"
-LOADED = (AS_IS, IN_TARGETS_DTYPE, VLLMS_ATTENTION, LOOKED_UP, ASKED)
+LOADED = (AS_IS, IN_TARGETS_DTYPE, VLLMS_ATTENTION, LOOKED_UP, ASKED, ONEDNNS)
 """What a network has to be loaded for in its own way."""
 NAMES = (*LOADED, SLOW_BLOCKS, LAID_OUT, TWO_PASSES, UNCOMPILED)
 BETWEEN = 1 << 28
@@ -148,6 +149,7 @@ def steps(checkpoints: Checkpoints, name: str = AS_IS) -> Iterator[Steps]:
         VLLMS_ATTENTION: patch("server.worker.model.make_direct", lambda _: False),
         LOOKED_UP: patch("server.worker.trial.bind", lambda *_: None),
         ASKED: patch("server.worker.trial.direct_head", lambda *_: None),
+        ONEDNNS: patch("server.worker.small_weights.MAX_BYTES", 0),
     }
     with (
         without.get(name, contextlib.nullcontext()),

@@ -22,6 +22,7 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
+from server.worker import small_weights
 from server.worker.graphs import GraphMemory
 
 LAYER_PREFIX = "value_network"
@@ -53,7 +54,8 @@ def load_what_was_compiled() -> None:
     are used. There is nothing to do in that method.
 
     What was compiled for another CPU is not found: wider vectors would leave numbers out, silently.
-    A cache may be on a volume, and vLLM does not ask. On CUDA there is nothing to mend.
+    A cache may be on a volume, and vLLM does not ask; nor for which weights other kernels were
+    compiled in (`server/worker/small_weights.py`). On CUDA there is nothing to mend.
     """
     load, factors = torch.compiler.load_compiled_function, caching.aot_compile_hash_factors
     if not current_platform.is_cpu() or hasattr(load, "__wrapped__"):
@@ -70,7 +72,8 @@ def load_what_was_compiled() -> None:
     @wraps(factors)
     def aot_compile_hash_factors(config: VllmConfig) -> list[str]:
         cpu = torch.backends.cpu.get_cpu_capability(), sorted(torch.cpu.get_capabilities().items())
-        return [*factors(config), str(cpu), str(inductor.cpp_wrapper)]
+        ours = cpu, inductor.cpp_wrapper, small_weights.MAX_BYTES
+        return [*factors(config), *map(str, ours)]
 
     torch.compiler.load_compiled_function = load_compiled_function
     caching.aot_compile_hash_factors = aot_compile_hash_factors

@@ -24,6 +24,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from server.worker.compilation import LAYER_PREFIX
+from server.worker.small_weights import quickly_multiplied
 from value_models.store import INDEX_FILE
 
 Pieces = Iterator[None]
@@ -76,7 +77,7 @@ def load_weights(model: torch.nn.Module, config: VllmConfig, device: torch.devic
     maybe_retie_word_embeddings(model, config.model_config)
     for module in model.modules():
         if isinstance(method := getattr(module, "quant_method", None), QuantizeMethodBase):
-            with _current(config):
+            with _current(config), quickly_multiplied():
                 method.process_weights_after_loading(module)
             yield
     for module in model.modules():
