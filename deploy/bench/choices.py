@@ -151,10 +151,11 @@ def steps(checkpoints: Checkpoints, name: str = AS_IS) -> Iterator[Steps]:
         ASKED: patch("server.worker.trial.direct_head", lambda *_: None),
         ONEDNNS: patch("server.worker.small_weights.MAX_BYTES", 0),
     }
-    with (
-        without.get(name, contextlib.nullcontext()),
-        residency(checkpoints.target, checkpoints.networks, config) as worker,
-    ):
+    with contextlib.ExitStack() as loaded:
+        with without.get(name, contextlib.nullcontext()):  # or others would do without it, too
+            worker = loaded.enter_context(
+                residency(checkpoints.target, checkpoints.networks, config)
+            )
         yield Steps(worker)
 
 
