@@ -10,9 +10,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def attend_as_configured(model: Model) -> Model:
     """Have a model cap its attention logits if its configuration caps them, as Gemma 2's does.
 
-    vLLM does, and so do kernels that were made for it. torch's, which transformers takes by
-    default, know no cap, and it is left out without a word: what is computed or trained like that
-    is another model than the one that is served.
+    vLLM does. torch's kernels, which transformers takes by default, know no cap, and it is left out
+    without a word: what is computed or trained like that is another model than the one served.
 
     Returns:
         The model.

@@ -173,7 +173,7 @@ def _assign(
         np.array([row.slot for row in rows]),
         [history.tokens for history in translations or rows],
         translations,
-        torch.tensor([[member.scale] for member in members], device=device),
+        torch.tensor([[member.scale] for member in members], dtype=torch.float32, device=device),
         fused_places,
         np.array([member.ordinal for member in members]),
         dynamic,

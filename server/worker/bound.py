@@ -9,6 +9,7 @@ only the code need run in each step: it is called with what it has been called w
 Reads torch 2.13's `torch._inductor.output_code.CompiledFxGraph`.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ class BoundForward:
 
     def _resize(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
-        # Called from C++, kernels take tensors only: of numbers, they would be made in each call.
+        # Code in C++ takes tensors only: numbers would be made into tensors in each call.
         size = torch.tensor(num_tokens) if self._graph.fx_kwargs.get("cpp_wrapper") else num_tokens
         for place in self._sizes:
             self._arguments[place] = size
@@ -101,17 +102,15 @@ def bind(run: Run, try_with: Callable[[Run], None]) -> BoundForward | None:
 
 @contextmanager
 def _graphs_called() -> Iterator[list[tuple[CompiledFxGraph, tuple[Any, ...], Sequence[Any]]]]:
-    """Take note of all compiled code that is called: each with its arguments, and what it returns.
-
-    Nothing else of the worker's may run meanwhile.
-    """
-    call = CompiledFxGraph.__call__
+    """Take note of all compiled code that this thread calls, with arguments and what it returns."""
+    call, thread = CompiledFxGraph.__call__, threading.get_ident()
     called = []
 
     def note(graph: CompiledFxGraph, inputs: list[Any]) -> Any:
         arguments = tuple(inputs)
         returned = call(graph, inputs)
-        called.append((graph, arguments, returned))
+        if threading.get_ident() == thread:
+            called.append((graph, arguments, returned))
         return returned
 
     CompiledFxGraph.__call__ = note

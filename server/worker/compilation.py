@@ -54,8 +54,8 @@ def load_what_was_compiled() -> None:
     are used. There is nothing to do in that method.
 
     What was compiled for another CPU is not found: wider vectors would leave numbers out, silently.
-    A cache may be on a volume, and vLLM does not ask; nor for which weights other kernels were
-    compiled in (`server/worker/small_weights.py`). On CUDA there is nothing to mend.
+    A cache may be on a volume, and vLLM does not ask; nor which kernel small weights were compiled
+    for (`server/worker/small_weights.py`). On CUDA there is nothing to mend.
     """
     load, factors = torch.compiler.load_compiled_function, caching.aot_compile_hash_factors
     if not current_platform.is_cpu() or hasattr(load, "__wrapped__"):

@@ -1,6 +1,6 @@
 """One forward of a network's model: rows laid out for vLLM's attention, and run."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,16 @@ from server.worker.head import Head
 from server.worker.loading import Pieces
 
 
+class _Next(NamedTuple):
+    """Where the next token of each row is; all on the host."""
+
+    positions: torch.Tensor  # int64 [num_rows], in the row
+    places: torch.Tensor  # int64 [num_rows], in the pool
+    lengths: torch.Tensor  # int32 [num_rows], of the row with it
+
+
 class _DecodeRows:
     """Rows that decode together, laid out for as long as they and their blocks stay.
-
-    All their steps at once: numpy takes as long for one as for all.
 
     Attributes:
         slots: int64 `[num_rows]`.
@@ -30,7 +36,10 @@ class _DecodeRows:
         row_starts: int32 `[num_rows + 1]` on the host, and on the device.
         block_ids: int32 `[num_rows, max_blocks]` on the device.
         longest: tokens of the longest row, with the one that comes next.
+        next: of their tokens; None: a row has come to the end of its block.
     """
+
+    next: _Next | None
 
     def __init__(
         self,
@@ -46,34 +55,34 @@ class _DecodeRows:
         self.row_starts = row_starts
         self.block_ids = block_ids
         self.longest = int(lengths.max())
-        # Until a row comes to the end of its block; the last of them first, to be taken off.
+        # Numbers for all steps until a row fills its block: numpy takes as long for one.
         num_steps = BLOCK_SIZE - int((positions % BLOCK_SIZE).max())
-        later = np.arange(num_steps, dtype=np.int32)[::-1, None]
-        each = later[:, None] + np.stack((positions, table.places(slots, positions)))
-        all_lengths = later + lengths
-        # Each tensor with a storage of its own: an offset into another would be compiled in.
-        self._steps = [
-            (torch.from_numpy(position), torch.from_numpy(place), torch.from_numpy(length))
-            for (position, place), length in zip(each, all_lengths, strict=True)
-        ]
-        self._expected = [step.tobytes() for step in all_lengths]
-
-    @property
-    def tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the tokens that come next, all on the host: their positions in the rows and their
-        places in the pool, int64 `[num_rows]`, and the lengths of the rows with them, int32
-        `[num_rows]`."""
-        return self._steps[-1]
+        later = np.arange(num_steps, dtype=np.int32)[:, None]
+        places = np.stack((positions, table.places(slots, positions)))
+        self._steps = zip(later[:, None] + places, later + lengths, strict=True)
+        self._lengths = b""
+        self._advance()
 
     def are(self, lengths: np.ndarray) -> bool:
-        """Whether these are the rows' lengths, int32 `[num_rows]`, in a step that is laid out."""
-        return bool(self._expected) and self._expected[-1] == lengths.tobytes()
+        """Whether these are the lengths of the rows with the next token: int32 `[num_rows]`."""
+        return self.next is not None and self._lengths == lengths.tobytes()
 
     def step(self) -> None:
         """Move on by a token each."""
         self.longest += 1
-        self._steps.pop()
-        self._expected.pop()
+        self._advance()
+
+    def _advance(self) -> None:
+        step = next(self._steps, None)
+        if step is None:
+            self.next = None
+            return
+        (positions, places), lengths = step
+        self._lengths = lengths.tobytes()
+        # Each tensor with a storage of its own: an offset into another would be compiled in.
+        self.next = _Next(
+            torch.from_numpy(positions), torch.from_numpy(places), torch.from_numpy(lengths)
+        )
 
 
 class LayersMetadata:
@@ -184,7 +193,7 @@ class Forward:
             Hidden states `[num_rows, hidden_size]`, valid until the next forward.
         """
         rows = self._decode_rows
-        placed = map(self._to_device, rows.tokens)
+        placed = map(self._to_device, rows.next)
         inputs = DecodeInputs(tokens, *placed, rows.row_starts[1], rows.block_ids)
         graphs = None if self.eager else self._graphs
         size = None if graphs is None else graphs.size_for(len(tokens))
@@ -263,7 +272,7 @@ class Forward:
         self._graphs = None
 
     def let_go(self) -> None:
-        """Hold none of the model's weights and graphs. It cannot be run any more."""
+        """Let go of graphs, and of what was made of weights. The model cannot be run any more."""
         self.forget_graphs()
         self.bound = None
         self.head = self._model.compute_logits
@@ -279,7 +288,7 @@ class Forward:
             row_starts, lengths = self._row_starts[: num_rows + 1], None
             longest = self._table.max_tokens
         else:
-            row_starts, lengths, longest = rows.row_starts[0], rows.tokens[-1], rows.longest
+            row_starts, lengths, longest = rows.row_starts[0], rows.next.lengths, rows.longest
         return self._metadata.build(
             CommonAttentionMetadata(
                 query_start_loc=inputs.row_starts,
@@ -311,7 +320,7 @@ class Forward:
         context.attn_metadata = metadata
         context.slot_mapping = dict.fromkeys(metadata, slot_mapping)
         context.skip_compiled = self.eager
-        context.moe_layer_index = 0
+        context.moe_layer_index = 0  # which layers of experts count up, one after the other
         run = self.run_model if self.eager or self.bound is None else self.bound
         with override_forward_context(context):
             return run(tokens, positions)

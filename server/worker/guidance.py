@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     @property
     def all_sampled(self) -> bool:
         """Whether all are sampled."""
-        return b"\0" not in self.sampled.tobytes()  # sooner known than by way of numpy
+        return b"\0" not in self.sampled.tobytes()  # quicker than numpy's reductions
 
 
 class Guidance:

@@ -15,7 +15,9 @@ import torch
 from vllm.model_executor.layers import utils
 
 MAX_BYTES = 1 << 20
-"""Larger ones take long to read, and little else."""
+"""The time of larger ones is that of reading them, whichever kernel does. Part of the key of what
+is compiled: a change of `_pays` that this does not show would find what expects the other kernel.
+"""
 
 
 @contextmanager

@@ -29,9 +29,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @contextmanager
-def loaded(root: Path) -> Iterator[list[NetworkModel]]:
+def loaded(root: Path, dtype: str = "float32") -> Iterator[list[NetworkModel]]:
     """Load two networks of one shape, compiled."""
-    config = engine_config(root / "target", enforce_eager=False)
+    config = engine_config(root / "target", enforce_eager=False, dtype=dtype)
     folders = {name: root / name for name in NAMES}
     with (
         vllm.ir.enable_torch_wrap(False),  # as in vLLM's CPU worker
@@ -53,11 +53,12 @@ def answers(model: NetworkModel) -> list[torch.Tensor]:
     return found
 
 
-def test_each_network_answers_with_its_own_weights_to_the_last_bit(root: Path) -> None:
-    with loaded(root) as bound:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_network_answers_with_its_own_weights_to_the_last_bit(root: Path, dtype: str) -> None:
+    with loaded(root, dtype) as bound:
         assert [type(model._forward.bound) for model in bound] == [BoundForward] * 2
         found = [answers(model) for model in (*bound, *bound)]
-    with patch("server.worker.trial.bind", lambda *_: None), loaded(root) as looking:
+    with patch("server.worker.trial.bind", lambda *_: None), loaded(root, dtype) as looking:
         assert [model._forward.bound for model in looking] == [None, None]
         expected = [answers(model) for model in looking]
     for one, other in zip(found, (*expected, *expected), strict=True):

@@ -95,7 +95,7 @@ def test_the_layout_of_rows_that_stay_is_kept_until_their_blocks_change(
         layout = model._forward._decode_rows
         assert layout is not None
         # Torch would compile the offset of one tensor in another into the forward.
-        assert not any(tensor.storage_offset() for step in layout._steps for tensor in step)
+        assert not any(tensor.storage_offset() for tensor in layout.next or ())
         if not seen or seen[-1] is not layout:
             seen.append(layout)
             for slot, row in rows.items():
