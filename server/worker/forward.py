@@ -1,5 +1,6 @@
 """One forward of a network's model: rows laid out for vLLM's attention, and run."""
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ from server.worker.bound import Run
 from server.worker.graphs import DecodeGraphs, DecodeInputs, GraphMemory, graph_sizes
 from server.worker.head import Head
 from server.worker.loading import Pieces
+
+AHEAD = 8
+"""Steps whose tensors are made together: by the next, the code for it has left the cache."""
 
 
 class _Next(NamedTuple):
@@ -55,11 +59,12 @@ class _DecodeRows:
         self.row_starts = row_starts
         self.block_ids = block_ids
         self.longest = int(lengths.max())
-        # Numbers for all steps until a row fills its block: numpy takes as long for one.
+        # For all steps until a row fills its block: numpy takes as long for one.
         num_steps = BLOCK_SIZE - int((positions % BLOCK_SIZE).max())
         later = np.arange(num_steps, dtype=np.int32)[:, None]
         places = np.stack((positions, table.places(slots, positions)))
         self._steps = zip(later[:, None] + places, later + lengths, strict=True)
+        self._ready: list[tuple[bytes, _Next]] = []
         self._lengths = b""
         self._advance()
 
@@ -73,16 +78,14 @@ class _DecodeRows:
         self._advance()
 
     def _advance(self) -> None:
-        step = next(self._steps, None)
-        if step is None:
-            self.next = None
-            return
-        (positions, places), lengths = step
-        self._lengths = lengths.tobytes()
-        # Each tensor with a storage of its own: an offset into another would be compiled in.
-        self.next = _Next(
-            torch.from_numpy(positions), torch.from_numpy(places), torch.from_numpy(lengths)
-        )
+        if not self._ready:
+            # Each tensor with a storage of its own: an offset into another would be compiled in.
+            self._ready = [
+                (lengths.tobytes(), _Next(*map(torch.from_numpy, (positions, places, lengths))))
+                for (positions, places), lengths in islice(self._steps, AHEAD)
+            ]
+            self._ready.reverse()
+        self._lengths, self.next = self._ready.pop() if self._ready else (b"", None)
 
 
 class LayersMetadata:
