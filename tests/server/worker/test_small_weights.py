@@ -92,7 +92,9 @@ def test_small_weights_of_whole_tiles_are_given_to_it(
     monkeypatch: pytest.MonkeyPatch, n: int, k: int, dtype: torch.dtype, pays: bool
 ) -> None:
     monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *_: False)
+    # Whatever CPU this is, and whatever vLLM's build for it has.
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.ops._C, "weight_packed_linear", None, raising=False)
     with quickly_multiplied():
         assert utils.check_cpu_sgl_kernel(n, k, dtype) == pays
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
