@@ -66,9 +66,7 @@ class Trial:
         Raises:
             RuntimeError: vLLM's kernels cannot run the model's shape.
         """
-        eager = self.logits(eager=True)
-        yield
-        self._try_head()
+        eager = self._uncompiled_logits()
         yield
         if self._config.compilation_config.mode != CompilationMode.NONE:
             forwards.adopt(self._model, self._config)
@@ -114,12 +112,12 @@ class Trial:
         self._table.release(0)
         return hidden
 
-    def _try_head(self) -> None:
-        """Have the LM head called directly, if it is nothing but a multiplication."""
+    def _uncompiled_logits(self) -> torch.Tensor:
+        """Return them, and have the LM head called directly if it is nothing but a product."""
         with torch.inference_mode():
-            head = direct_head(self._model, self._hidden(eager=True))
-        if head is not None:
-            self._forward.head = head
+            hidden = self._hidden(eager=True)
+            self._forward.head = direct_head(self._model, hidden) or self._forward.head
+            return self._forward.head(hidden).float()
 
     def _compiled_logits(self, without_names: bool) -> torch.Tensor:
         """Return those of the compiled forward, which is loaded or compiled if it has to be."""
