@@ -67,6 +67,10 @@ class Run(NamedTuple):
         """From the first request to the last token."""
         return max(stream.arrivals[-1] for stream in self.streams)
 
+    def seconds_until(self, num_tokens: int) -> float:
+        """From the first request until every stream has so many tokens."""
+        return max(stream.arrivals[num_tokens - 1] for stream in self.streams)
+
     @property
     def tokens(self) -> list[list[int]]:
         return [stream.tokens for stream in self.streams]

@@ -4,11 +4,15 @@ vLLM plain is vLLM at its defaults, and all run the same target; trimtab has its
 throughout. On a CPU, trimtab has vLLM's processes wait for each other asleep and compute on all
 cores of a small machine: a vLLM without trimtab that is set up alike tells what that changes from
 what guidance costs. Transformers are measured beside: with KV caches, as proxy tuning runs, and
-without, as the method's authors serve it (in the first round only: it takes minutes).
+without, as the method's authors serve it (in the first round only: it takes minutes). What those
+with KV caches pay for a step grows with what they have read, so the same run tells how many times
+as fast shorter answers would have been.
 """
 
 import argparse
 import contextlib
+import itertools
+import operator
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -69,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure transformers beside",
     )
     parser.add_argument(
+        "--uncached",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="transformers without KV caches, too",
+    )
+    parser.add_argument(
         "--peer-threads",
         type=within(1),
         help="threads of transformers (torch's default: all; plain vLLM computes on one less)",
@@ -83,7 +93,9 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     )
     if arguments.models == SMALL:
         checkpoints.networks["mapped"] = make_mapped(folder, arguments.dtype)
-    names = configurations(checkpoints, arguments.peers, torch.cuda.is_available())
+    names = configurations(
+        checkpoints, arguments.peers, arguments.uncached, torch.cuda.is_available()
+    )
     memory = MODELS[arguments.models].value_memory_gb
     with contextlib.ExitStack() as engines:
         pair = plain_and_trimtab(checkpoints, folder, set_up_alike=False, value_memory_gb=memory)
@@ -130,11 +142,14 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     )
 
 
-def configurations(checkpoints: Checkpoints, peers: bool, on_device: bool) -> list[str]:
+def configurations(
+    checkpoints: Checkpoints, peers: bool, uncached: bool, on_device: bool
+) -> list[str]:
     """Return what is measured.
 
     Args:
         peers: transformers too.
+        uncached: those without KV caches among them.
         on_device: where trimtab sets vLLM up as it is.
     """
     left_out = {ALIKE} if on_device else set()
@@ -142,6 +157,8 @@ def configurations(checkpoints: Checkpoints, peers: bool, on_device: bool) -> li
         left_out.add(MAPPED)
     if not peers:
         left_out |= {CACHED, UNCACHED}
+    if not uncached:
+        left_out.add(UNCACHED)
     return [name for name in CONFIGURATIONS if name not in left_out]
 
 
@@ -153,6 +170,10 @@ def make_tables(rounds: Rounds[int, Run], names: Sequence[str], limit: float) ->
         Table(
             f"Time against {PLAIN}, and speed against transformers",
             [{"batch": size, **ratios(found, limit)} for size, found in rounds.items()],
+        ),
+        Table(
+            f"Times as fast as {CACHED}, by tokens of each answer",
+            [{"batch": size, **by_length(found)} for size, found in rounds.items()],
         ),
     ]
 
@@ -174,6 +195,21 @@ def ratios(found: Sequence[Round[Run]], limit: float) -> dict[str, Cell]:
         "another vocabulary / plain": rounded(ratio(found, MAPPED, PLAIN, seconds)),
         "times as fast as cached": rounded(ratio(found, CACHED, GUIDED, seconds), 2),
         "times as fast as uncached": rounded(ratio(found, UNCACHED, GUIDED, seconds), 1),
+    }
+
+
+def by_length(found: Sequence[Round[Run]]) -> dict[str, Cell]:
+    """Return how many times as fast guided answers of 1, 2, 4, ... tokens are, and whole ones.
+
+    Until all requests of the batch have so many.
+    """
+    longest = len(found[0][GUIDED].streams[0].tokens)
+    lengths = [*itertools.takewhile(longest.__gt__, (2**n for n in itertools.count())), longest]
+    return {
+        str(length): rounded(
+            ratio(found, CACHED, GUIDED, operator.methodcaller("seconds_until", length)), 2
+        )
+        for length in lengths
     }
 
 
