@@ -1,7 +1,8 @@
 """What guidance costs against the network's size, beside its arithmetic limit.
 
 Networks of 1 to 30 % of the target's parameters are resident together. The limit of guided /
-plain is 1 + size; plain is set up as trimtab is.
+plain is 1 + size; plain is set up as trimtab is. Unguided requests of trimtab's engine are compared
+with too: between two processes there is more than guidance.
 """
 
 import argparse
@@ -74,7 +75,13 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     return Answer(
         tables=[
             rates(rounds, names),
-            Table(f"Time against {ALIKE}, and efficiency", overheads(rounds, shares)),
+            *(
+                Table(
+                    f"Time against {reference}, and efficiency",
+                    overheads(rounds, shares, reference),
+                )
+                for reference in (ALIKE, UNGUIDED)
+            ),
         ],
         plots=[make_plot(rounds, shares)],
         models=checkpoints.describe(),
@@ -84,13 +91,15 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
     )
 
 
-def overheads(rounds: Rounds[int, Run], shares: dict[str, float]) -> list[dict[str, Cell]]:
+def overheads(
+    rounds: Rounds[int, Run], shares: dict[str, float], reference: str
+) -> list[dict[str, Cell]]:
     """Return a row for each network; `shares`: their parameters for each of the target."""
     rows: list[dict[str, Cell]] = []
     for name, share in shares.items():
         row: dict[str, Cell] = {"network": name, "limit": rounded(1 + share)}
         for batch_size, found in rounds.items():
-            overhead = ratio(found, name, ALIKE, seconds)
+            overhead = ratio(found, name, reference, seconds)
             assert overhead is not None
             row[f"batch {batch_size}"] = rounded(overhead)
             row[f"efficiency, batch {batch_size}"] = rounded(efficiency(overhead, 1 + share), 2)
