@@ -77,12 +77,12 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
             # vLLM tells of rows that have left in the next step: here, the same for all.
             engine.run(make_requests(1, 1, "before"))
             engine.call(take_out if name == BARE else leave)
-            with_trimtab = name not in (ALIKE, BARE)
-            read, taken = [tokens_read(engine)] if with_trimtab else [0], []
+            read_by = tokens_read if name in (UNGUIDED, GUIDED) else lambda _: 0
+            read, taken = [read_by(engine)], []
             for warm in (False, True):
                 (stream,) = engine.run(requests, warm).streams
                 taken.append(stream.time_to_first_token)
-                read.append(tokens_read(engine) if with_trimtab else 0)
+                read.append(read_by(engine))
             engine.call(put_back if name == BARE else leave)
             if wrong := what_is_wrong(name, length, read):
                 sys.exit(wrong)
@@ -91,7 +91,7 @@ def ask(arguments: argparse.Namespace, folder: Path) -> Answer:
         rounds = take_turns(arguments.lengths, names, arguments.rounds, measure)
         engine = {"plain": plain.description, "trimtab": trimtab.description}
     return Answer(
-        tables=make_tables(rounds, 1 + checkpoints.share("guiding")),
+        tables=make_tables(rounds, names, 1 + checkpoints.share("guiding")),
         plots=[make_plot(rounds)],
         models=checkpoints.describe(),
         engine=engine,
@@ -120,11 +120,13 @@ def what_is_wrong(name: str, length: int, read: Sequence[int]) -> str | None:
     return None
 
 
-def make_tables(rounds: Rounds[int, FirstTokens], limit: float) -> list[Table]:
+def make_tables(
+    rounds: Rounds[int, FirstTokens], names: Sequence[str], limit: float
+) -> list[Table]:
     return [
         Table(
             f"Milliseconds to the first token, {state} prefix cache",
-            by_case(rounds, CONFIGURATIONS, milliseconds(state), "{} tokens"),
+            by_case(rounds, names, milliseconds(state), "{} tokens"),
         )
         for state in ("cold", "warm")
     ] + [
@@ -136,6 +138,7 @@ def make_tables(rounds: Rounds[int, FirstTokens], limit: float) -> list[Table]:
             ],
         )
         for reference in (ALIKE, BARE)
+        if reference in names
     ]
 
 

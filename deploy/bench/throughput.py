@@ -164,18 +164,18 @@ def configurations(
 
 def make_tables(rounds: Rounds[int, Run], names: Sequence[str], limit: float) -> list[Table]:
     """Return the figures; `limit`: the arithmetic one of guided / plain."""
-    return [
+    tables = [
         rates(rounds, names),
         gaps(rounds, names),
         Table(
             f"Time against {PLAIN}, and speed against transformers",
             [{"batch": size, **ratios(found, limit)} for size, found in rounds.items()],
         ),
-        Table(
-            f"Times as fast as {CACHED}, by tokens of each answer",
-            [{"batch": size, **by_length(found)} for size, found in rounds.items()],
-        ),
     ]
+    if CACHED in names:
+        by_lengths = [{"batch": size, **by_length(found)} for size, found in rounds.items()]
+        tables.append(Table(f"Times as fast as {CACHED}, by tokens of each answer", by_lengths))
+    return tables
 
 
 def ratios(found: Sequence[Round[Run]], limit: float) -> dict[str, Cell]:

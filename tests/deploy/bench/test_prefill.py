@@ -1,6 +1,6 @@
 import pytest
 
-from deploy.bench.prefill import FirstTokens, make_plot, make_tables, what_is_wrong
+from deploy.bench.prefill import CONFIGURATIONS, FirstTokens, make_plot, make_tables, what_is_wrong
 from deploy.bench.price import BARE
 from deploy.bench.rounds import ALIKE, GUIDED, UNGUIDED
 
@@ -13,7 +13,7 @@ ROUND = {
 
 
 def test_cold_and_warm_are_told_apart() -> None:
-    cold, warm, against_plain, against_bare = make_tables({1024: [ROUND]}, limit=1.055)
+    cold, warm, against_plain, against_bare = make_tables({1024: [ROUND]}, CONFIGURATIONS, 1.055)
     assert [row["1024 tokens"] for row in cold.rows] == [1000, 2000, 1000, 1060]
     assert [row["1024 tokens"] for row in warm.rows] == pytest.approx([100, 200, 110, 120])
     (row,) = against_plain.rows
@@ -39,11 +39,11 @@ def test_a_network_that_read_something_else_is_wrong(name: str, read: list[int])
     assert "the network read" in (what_is_wrong(name, 1024, read) or "")
 
 
-def test_what_was_left_out_has_no_ratios() -> None:
+def test_what_was_left_out_has_no_row_and_no_ratios() -> None:
     on_device = {name: taken for name, taken in ROUND.items() if name != BARE}
-    *_, against_plain, against_bare = make_tables({1024: [on_device]}, limit=1.055)
+    cold, _, against_plain = make_tables({1024: [on_device]}, list(on_device), 1.055)
+    assert [row[""] for row in cold.rows] == [ALIKE, UNGUIDED, GUIDED]
     assert against_plain.rows[0]["guided, cold"] == pytest.approx(1.06)
-    assert against_bare.rows[0]["guided, cold"] is None
 
 
 def test_a_network_that_read_the_prompt_and_then_its_end_is_right() -> None:

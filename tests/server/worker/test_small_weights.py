@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,12 @@ from server.worker.small_weights import quickly_multiplied
 from tests.models import make_model, make_network
 from tests.server.worker.alone import engine_config, process_group, residency, rows_of
 
-WITHOUT_AMX = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+bfloat16_here = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no bfloat16 instructions"
+)
+
+WITH_KERNEL = SimpleNamespace(weight_packed_linear=None)
+"""vLLM's operations on a CPU; not all of its builds have this one."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def answers(root: Path, name: str, dtype: str, eager: bool) -> tuple[torch.Tenso
         return torch.cat(found), kernels_of(model)
 
 
-@pytest.mark.skipif(not WITHOUT_AMX, reason="this CPU leaves no choice")
+@bfloat16_here
 @pytest.mark.parametrize(("name", "eager"), [("network", True), ("biased", False)])
 def test_it_comes_to_the_same(
     root: Path, name: str, eager: bool, monkeypatch: pytest.MonkeyPatch
@@ -66,7 +72,7 @@ def test_it_comes_to_the_same(
     assert kernels == {True}
     monkeypatch.setattr(small_weights, "MAX_BYTES", 0)
     others, kernels = answers(root, name, "bfloat16", eager)
-    assert kernels == {False}
+    assert kernels == {torch.cpu._is_amx_tile_supported()}  # with AMX, vLLM chooses it by itself
     expected, _ = answers(root, name, "float32", eager=True)
     # Both are as far from float32 as rounding takes them.
     assert 0.8 < (found - expected).norm() / (others - expected).norm() < 1.25
@@ -92,14 +98,23 @@ def test_small_weights_of_whole_tiles_are_given_to_it(
     monkeypatch: pytest.MonkeyPatch, n: int, k: int, dtype: torch.dtype, pays: bool
 ) -> None:
     monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *_: False)
-    # Whatever CPU this is, and whatever vLLM's build for it has.
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.ops._C, "weight_packed_linear", None, raising=False)
+    monkeypatch.setattr(torch.ops, "_C", WITH_KERNEL)
     with quickly_multiplied():
         assert utils.check_cpu_sgl_kernel(n, k, dtype) == pays
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("has_bfloat16", "build"), [(False, WITH_KERNEL), (True, SimpleNamespace())]
+)
+def test_it_takes_the_instructions_and_a_build_with_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, build: SimpleNamespace
+) -> None:
+    monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *_: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
+    monkeypatch.setattr(torch.ops, "_C", build)
     with quickly_multiplied():
-        assert not utils.check_cpu_sgl_kernel(n, k, dtype)
+        assert not utils.check_cpu_sgl_kernel(512, 512, torch.bfloat16)
 
 
 def test_what_vllm_would_give_to_it_is_given_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
